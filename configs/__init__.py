@@ -1,0 +1,1 @@
+"""Settings that ship with Mixbit: engine limits and model presets, as TOML."""

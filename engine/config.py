@@ -1,0 +1,59 @@
+"""Settings of the engine. `EngineConfig` travels to the worker as JSON on its command line."""
+
+from __future__ import annotations
+
+import msgspec
+
+from mixbit.engine.errors import UserError
+
+
+class ConfigError(UserError):
+    """A setting that cannot be honoured; the message names it, its value and what is allowed."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the worker must know, validated once by `check`.
+
+    model: path of a checkpoint directory. device: a name from the kernels' registry, or "auto".
+    threads: CPU threads, 0 for one a core. context_length: tokens, None for the model's own.
+    max_running: sequences in a batch. max_queue: requests waiting beyond that. step_tokens: rows of the
+    largest batch, so also the prefill chunk. cache_bytes: bytes for KV and states, None for a share of
+    the memory that is free after loading. block_size: tokens in a KV block. top_k_experts: overrides the
+    model's experts per token. isa, dtype, profile: as in kernels' ExecutorOptions.
+    """
+
+    model: str
+    device: str = "auto"
+    threads: int = 0
+    context_length: int | None = None
+    max_running: int = 16
+    max_queue: int = 256
+    step_tokens: int = 512
+    cache_bytes: int | None = None
+    block_size: int = 32
+    top_k_experts: int | None = None
+    isa: str | None = None
+    dtype: str | None = None
+    profile: bool = False
+
+    def check(self) -> EngineConfig:
+        """Return self if every value is in range, else raise ConfigError."""
+        for name, low in (
+            ("threads", 0),
+            ("context_length", 1),
+            ("max_running", 1),
+            ("max_queue", 0),
+            ("step_tokens", 1),
+            ("cache_bytes", 1),
+            ("block_size", 1),
+            ("top_k_experts", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"{name} is {value}; it must be at least {low}")
+        if self.step_tokens < self.max_running:
+            raise ConfigError(
+                f"step_tokens is {self.step_tokens}, below max_running {self.max_running}: "
+                "a step must hold one token of every running request"
+            )
+        return self

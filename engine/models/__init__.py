@@ -1,0 +1,1 @@
+"""Model definitions over the op table, one file for each `model_type`."""

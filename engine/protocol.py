@@ -1,0 +1,205 @@
+"""Every message between the server process and the engine worker. Imports nothing of ours.
+
+Frames on the socket: a 4-byte little-endian length, then one msgpack-encoded message (msgspec tagged
+unions `ToWorker` and `FromWorker`). Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length"]
+ErrorCode = Literal[
+    "context_length_exceeded",  # 400
+    "invalid_value",  # 400; `param` names the field
+    "queue_full",  # 429
+    "insufficient_memory",  # 503: the request alone needs more cache than there is
+    "worker_died",  # 503; made by the client, never sent
+    "internal_error",  # 500
+]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all messages: frozen, tagged by class name."""
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose tokens. All values are resolved: the server has filled in the model's defaults."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output, as transformers does
+    presence_penalty: float = 0.0  # over output, as OpenAI does
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None  # None: drawn by the worker
+
+
+# --- server to worker ---
+
+
+class Generate(Message):
+    """Start one completion. Answered by Accepted or Refused, then Deltas, then Finished or Failed."""
+
+    request_id: str
+    prompt: str | list[int]  # text: special tokens in it are parsed
+    add_special_tokens: bool  # whether the tokenizer adds its own (BOS); false for rendered templates
+    sampling: Sampling
+    max_tokens: int | None  # None: up to the context length
+    stop: list[str] = []
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: off; n: the chosen token and the n most likely
+
+
+class Abort(Message):
+    """Stop a request and free what it holds. Nothing more is sent for it. Unknown ids are ignored."""
+
+    request_id: str
+
+
+class Tokenize(Message):
+    """Answered by Tokenized."""
+
+    request_id: str
+    text: str
+    add_special_tokens: bool
+
+
+class Detokenize(Message):
+    """Answered by Detokenized, or Refused if a token is out of range."""
+
+    request_id: str
+    tokens: list[int]
+
+
+class Shutdown(Message):
+    """Finish nothing, free the device, exit 0."""
+
+
+ToWorker = Generate | Abort | Tokenize | Detokenize | Shutdown
+
+
+# --- worker to server ---
+
+
+class Progress(Message):
+    """While loading: what is being done and how far it is."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class Ready(Message):
+    """The model is loaded."""
+
+    context_length: int  # tokens, prompt and output together
+    vocab_size: int
+    backend: str  # "cpu"
+    backend_reason: str  # the registry's explanation, for people
+    weight_bytes: int
+    cache_bytes: int
+    load_seconds: float
+
+
+class LoadFailed(Message):
+    """The model cannot be loaded; starting again would not help. The worker exits 1."""
+
+    message: str
+
+
+class Accepted(Message):
+    """The prompt is tokenized and within the limits; the request is queued."""
+
+    request_id: str
+    prompt_tokens: int
+
+
+class Refused(Message):
+    """The request was not taken."""
+
+    request_id: str
+    code: ErrorCode
+    message: str
+    param: str | None = None
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One token with its log-probability (after penalties and bias, before temperature and filters)."""
+
+    token_id: int
+    text: bytes  # may be part of a UTF-8 character
+    logprob: float
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """The chosen token and the most likely ones, best first."""
+
+    chosen: TokenLogprob
+    top: list[TokenLogprob]
+
+
+class Delta(Message):
+    """New text of a request: whole UTF-8 characters, nothing that could still become a stop string."""
+
+    request_id: str
+    text: str
+    token_count: int  # tokens this text was made of
+    logprobs: list[TokenLogprobs] = []
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Finished(Message):
+    """The request ended by itself."""
+
+    request_id: str
+    reason: FinishReason
+    usage: Usage
+    stop: str | None = None  # the stop string that ended it
+
+
+class Failed(Message):
+    """The request ended by an error. Others go on."""
+
+    request_id: str
+    code: ErrorCode
+    message: str
+
+
+class Tokenized(Message):
+    """Answer to Tokenize."""
+
+    request_id: str
+    tokens: list[int]
+
+
+class Detokenized(Message):
+    """Answer to Detokenize."""
+
+    request_id: str
+    text: str
+
+
+FromWorker = (
+    Progress
+    | Ready
+    | LoadFailed
+    | Accepted
+    | Refused
+    | Delta
+    | Finished
+    | Failed
+    | Tokenized
+    | Detokenized
+)

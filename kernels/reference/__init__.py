@@ -1,0 +1,1 @@
+"""The op table in NumPy: slow, and the definition of every op."""

@@ -1,0 +1,59 @@
+"""Chooses the backend and explains the choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mixbit.kernels.cpu.backend import CpuBackend
+from mixbit.kernels.executor import Backend
+from mixbit.kernels.mlx.backend import MlxBackend
+from mixbit.kernels.reference.backend import ReferenceBackend
+
+# In order of preference. The reference is never chosen by itself: it is the slow definition.
+_BACKENDS: tuple[Backend, ...] = (MlxBackend("metal"), MlxBackend("cuda"), CpuBackend())
+_ONLY_BY_NAME: tuple[Backend, ...] = (MlxBackend("mlx-cpu"), ReferenceBackend())
+
+DEVICES = ("auto", *(backend.name for backend in _BACKENDS + _ONLY_BY_NAME))
+
+
+class BackendError(RuntimeError):
+    """The asked-for device cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and the reasons for it; str() gives "metal: not available (...); using cpu: AVX2"."""
+
+    backend: Backend
+    rejected: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        reasons = [f"{name}: {why}" for name, why in self.rejected]
+        return "; ".join([*reasons, f"using {self.backend.name}: {self.backend.describe()}"])
+
+
+def choose(device: str = "auto") -> Choice:
+    """The first backend that this machine can run, or the one asked for.
+
+    Raises BackendError if `device` is unknown or not available here.
+    """
+    if device == "auto":
+        rejected: list[tuple[str, str]] = []
+        for backend in _BACKENDS:
+            reason = backend.unavailable()
+            if reason is None:
+                return Choice(backend, tuple(rejected))
+            rejected.append((backend.name, reason))
+        raise BackendError("no backend can run here: " + "; ".join(f"{n}: {why}" for n, why in rejected))
+    for backend in _BACKENDS + _ONLY_BY_NAME:
+        if backend.name == device:
+            reason = backend.unavailable()
+            if reason is not None:
+                raise BackendError(f"device {device!r} cannot be used here: {reason}")
+            return Choice(backend, ())
+    raise BackendError(f"unknown device {device!r}; choose one of: {', '.join(DEVICES)}")
+
+
+def availability() -> tuple[tuple[str, str | None], ...]:
+    """(backend, None or the reason it cannot run) for every backend that `auto` considers."""
+    return tuple((backend.name, backend.unavailable()) for backend in _BACKENDS)
