@@ -1,5 +1,73 @@
-# make serve, make test: everything a fresh machine needs comes from package registries.
-# (grows below)
-native: ## rebuild the native module in place (development)
-	.venv/bin/cmake --build build/cp3*
-	.venv/bin/cmake --install build/cp3* --prefix "$$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
+# Mixbit: `make serve` to use it, `make test` to check it. Needs Python 3.11-3.13 and make; the rest comes
+# from package registries into .venv. `make help` lists the targets.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+NATIVE := pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/src/*)
+
+# `make serve MODEL=org/name PORT=8081 ARGS="--threads 4"`
+MODEL ?=
+PORT ?= 8080
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help serve test check test-torch clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+serve: $(VENV)/installed ## install what is missing and serve (MODEL=, PORT=, ARGS=) on http://127.0.0.1:8080
+	@exec $(VENV)/bin/mixbit serve --port $(PORT) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+test: $(VENV)/installed-test check ## everything that CI runs: check, then the tests
+	@$(PY) -m pytest -q
+
+check: $(VENV)/installed-test build/types/mixbit ## ruff, mypy --strict, import contracts
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@cd build/types && ../../$(PY) -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy \
+		-p mixbit.server -p mixbit.engine -p mixbit.kernels -p mixbit.configs
+	@$(PY) -m mypy --cache-dir build/mypy-tests tests
+	@$(VENV)/bin/lint-imports --no-cache
+
+test-torch: $(VENV)-torch/installed ## parity against transformers and torch, in an environment of its own
+	@$(VENV)-torch/bin/python -m pytest -q tests/torch_parity
+
+clean: ## remove environments and build output (the model cache stays)
+	rm -rf $(VENV) $(VENV)-torch build
+
+# --- environments ---
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; set PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+# A C++ compiler: the machine's, else clang from the ziglang package.
+$(VENV)/compiler: | $(VENV)/bin/python
+	@if command -v c++ >/dev/null; then echo 'true' > $@; else \
+		echo "no C++ compiler here: using clang from the ziglang package"; $(PIP) ziglang && \
+		printf 'export CC="%s cc" CXX="%s c++"\n' $$($(PY) -c 'import os, ziglang; z = os.path.join(os.path.dirname(ziglang.__file__), "zig"); print(z, z)') > $@; fi
+
+$(VENV)/installed: $(NATIVE) | $(VENV)/compiler
+	@echo "installing mixbit and its dependencies (a few minutes the first time)"
+	@$(PIP) "scikit-build-core>=1.1" "nanobind>=3.1" "cmake>=3.26" ninja
+	@. ./$(VENV)/compiler && $(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@$(PIP) --no-build-isolation -e '.[test]'
+	@touch $@
+
+$(VENV)-torch/installed: $(VENV)/installed
+	@$(PYTHON) -m venv $(VENV)-torch
+	@$(VENV)-torch/bin/python -m pip install --quiet torch==2.13.0
+	@echo "see tests/torch_parity" && touch $@
+
+# mypy finds packages by folder: a folder of links gives the import names.
+build/types/mixbit:
+	@mkdir -p $@ && for d in server engine kernels configs; do ln -sfn ../../../$$d $@/$$d; done
