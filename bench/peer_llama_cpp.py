@@ -1,0 +1,68 @@
+"""Drives llama.cpp through llama-cpp-python with the commands of bench/ours.py.
+
+Runs in an environment of its own (`make bench` builds it natively for this machine).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import llama_cpp
+
+
+class Engine:
+    def __init__(self, model: str, threads: int, context: int) -> None:
+        self.llm = llama_cpp.Llama(
+            model_path=model,
+            n_threads=threads,
+            n_threads_batch=threads,
+            n_ctx=context,
+            n_batch=512,
+            n_ubatch=512,
+            use_mmap=True,
+            flash_attn=True,
+            verbose=False,
+        )
+
+    def prefill(self, tokens: int) -> float:
+        """Seconds for a prompt of `tokens`."""
+        self.llm.reset()
+        self.llm._ctx.kv_cache_clear()
+        start = time.perf_counter()
+        self.llm.eval([100 + i % 1000 for i in range(tokens)])
+        return time.perf_counter() - start
+
+    def decode(self, tokens: int, context: int, sequences: int) -> float:
+        """Seconds for `tokens` steps after `context` tokens; filling is not counted."""
+        if sequences != 1:
+            raise ValueError("this driver decodes one sequence")
+        self.prefill(context)
+        start = time.perf_counter()
+        for i in range(tokens):
+            self.llm.eval([100 + i % 1000])
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    start = time.perf_counter()
+    engine = Engine(options["model"], options["threads"], options["context"])
+    reply({"load_seconds": time.perf_counter() - start})
+    for line in sys.stdin:
+        command = json.loads(line)
+        match command.pop("do"):
+            case "prefill":
+                reply({"seconds": engine.prefill(**command)})
+            case "decode":
+                reply({"seconds": engine.decode(**command)})
+
+
+def reply(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    main()
