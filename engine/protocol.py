@@ -16,6 +16,7 @@ ErrorCode = Literal[
     "invalid_value",  # 400; `param` names the field
     "queue_full",  # 429
     "insufficient_memory",  # 503: the request alone needs more cache than there is
+    "not_ready",  # 503: loading, restarting or failed
     "worker_died",  # 503; made by the client, never sent
     "internal_error",  # 500
 ]
@@ -191,15 +192,4 @@ class Detokenized(Message):
     text: str
 
 
-FromWorker = (
-    Progress
-    | Ready
-    | LoadFailed
-    | Accepted
-    | Refused
-    | Delta
-    | Finished
-    | Failed
-    | Tokenized
-    | Detokenized
-)
+FromWorker = Progress | Ready | LoadFailed | Accepted | Refused | Delta | Finished | Failed | Tokenized | Detokenized
