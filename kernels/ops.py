@@ -9,6 +9,7 @@ what every node means.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 
@@ -234,6 +235,11 @@ class SelectRows:
 
 
 Node = Embed | RmsNorm | AddNorm | BatchMatvec | Attention | GatedDelta | Mlp | Moe | SelectRows
+
+
+def kind(node: Node) -> str:
+    """The node's class in snake case ("batch_matvec"): its name in profiles."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(node).__name__).lower()
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,5 +24,6 @@ def silu(x: Float32Array) -> Float32Array:
 
 def softmax(x: Float32Array) -> Float32Array:
     """e^x / sum(e^x) over the last dimension; -inf is allowed beside finite values."""
-    powers = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    return powers / np.sum(powers, axis=-1, keepdims=True)
+    powers: Float32Array = np.exp(x - np.max(x, axis=-1, keepdims=True))
+    total: Float32Array = np.sum(powers, axis=-1, keepdims=True)
+    return powers / total

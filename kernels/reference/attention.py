@@ -69,4 +69,5 @@ def _attend(spec: AttentionSpec, q: Float32Array, keys: Float32Array, values: Fl
     scores = np.einsum("qhd,khd->hqk", q, keys) * np.float32(spec.scale)
     visible = np.tri(len(q), len(keys), len(keys) - len(q), dtype=bool)
     weights = softmax(np.where(visible, scores, np.float32(-np.inf)))
-    return np.einsum("hqk,khd->qhd", weights, values)
+    out: Float32Array = np.einsum("hqk,khd->qhd", weights, values)
+    return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -61,7 +60,7 @@ class ReferenceExecutor:
             start = time.perf_counter()
             self._run_node(node, values, batch)
             if self.profile:
-                self._seconds[kind(node)] += time.perf_counter() - start
+                self._seconds[ops.kind(node)] += time.perf_counter() - start
         return values[self.program.logits]
 
     def _run_node(self, node: ops.Node, values: dict[ops.Value, Float32Array], batch: Batch) -> None:
@@ -86,9 +85,7 @@ class ReferenceExecutor:
             case ops.SelectRows(x, out):
                 values[out] = values[x][batch.logit_rows]
 
-    def _attention(
-        self, node: ops.Attention, values: Mapping[ops.Value, Float32Array], batch: Batch
-    ) -> Float32Array:
+    def _attention(self, node: ops.Attention, values: Mapping[ops.Value, Float32Array], batch: Batch) -> Float32Array:
         spec = node.spec
         q = heads_of(node.q, values, spec.heads, spec.head_dim)
         k = heads_of(node.k, values, spec.kv_heads, spec.head_dim)
@@ -129,14 +126,7 @@ class ReferenceExecutor:
         return kv + sum(pool.conv.nbytes + pool.memory.nbytes for pool in self.state_pools)
 
 
-def heads_of(
-    columns: ops.Columns, values: Mapping[ops.Value, Float32Array], count: int, width: int
-) -> Float32Array:
+def heads_of(columns: ops.Columns, values: Mapping[ops.Value, Float32Array], count: int, width: int) -> Float32Array:
     """[rows, count, width]: `width` values for each of `count` heads."""
     starts = columns.offset + columns.stride * np.arange(count)
     return values[columns.value][:, starts[:, None] + np.arange(width)]
-
-
-def kind(node: ops.Node) -> str:
-    """The node's class in snake case: "batch_matvec"."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(node).__name__).lower()

@@ -19,12 +19,14 @@ def dequantize(matrix: Matrix, index: Any = ...) -> Float32Array:
     index: selects rows of a matrix, or experts of a stack, before they are expanded.
     """
     if not isinstance(matrix, QuantizedTensor):
-        return matrix.data[index].astype(np.float32)
+        dense: Float32Array = matrix.data[index].astype(np.float32)
+        return dense
     scales = matrix.scales[index].astype(np.float32)[..., None]
     biases = matrix.biases[index].astype(np.float32)[..., None]
     codes = unpack(matrix.weight[index], matrix.bits)
     groups = codes.reshape(*scales.shape[:-1], matrix.group_size).astype(np.float32)
-    return (scales * groups + biases).reshape(codes.shape)
+    values: Float32Array = (scales * groups + biases).reshape(codes.shape)
+    return values
 
 
 def apply(matrix: Matrix, x: Float32Array, expert: int | None = None) -> Float32Array:

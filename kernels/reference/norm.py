@@ -10,8 +10,8 @@ from mixbit.kernels.reference.matrix import Float32Array
 
 def unit_rms(x: Float32Array, eps: float) -> Float32Array:
     """x / sqrt(mean(x^2) + eps) over the last dimension."""
-    mean = np.mean(np.square(x), axis=-1, keepdims=True)
-    return x / np.sqrt(mean + np.float32(eps))
+    root: Float32Array = np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))
+    return x / root
 
 
 def rms_norm(norm: Norm, x: Float32Array) -> Float32Array:

@@ -11,6 +11,8 @@ from mixbit.kernels.reference.packing import pack
 
 _SMALLEST_SCALE = np.float32(1e-7)
 
+Float32Array = npt.NDArray[np.float32]
+
 
 def quantize(
     weight: npt.NDArray[Any], bits: int, group_size: int
@@ -19,24 +21,30 @@ def quantize(
 
     weight: [..., out, in], float32, float16 or bfloat16; scales and biases get its dtype. Bit for bit what
     mx.quantize gives. Rows are independent, so a large tensor can be quantized in pieces.
-
-    The edge of the range with the larger magnitude is represented exactly (it becomes the bias, and
-    the scale is adjusted so that zero is a code too); the scale is negative where that edge is the
-    maximum. A group of zeros gets bias 0.
     """
     *lead, in_dim = weight.shape
     groups = weight.astype(np.float32).reshape(*lead, in_dim // group_size, group_size)
-    low, high = groups.min(-1), groups.max(-1)
-    most = np.float32(2**bits - 1)
-
-    low_is_edge = np.abs(low) > np.abs(high)
-    scale = np.maximum((high - low) / most, _SMALLEST_SCALE)
-    scale = np.where(low_is_edge, scale, -scale)
-    edge = np.where(low_is_edge, low, high)
-    steps = np.rint(edge / scale)  # codes between zero and the edge, negative
-    scale = np.where(steps != 0, edge / np.where(steps != 0, steps, 1), scale)
-    bias = np.where(steps != 0, edge, np.float32(0))
-
-    codes = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, most)
+    scale, bias = _range(groups.min(-1), groups.max(-1), bits)
+    # Codes come from the scale before it is rounded to the dtype of the weight.
+    codes = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, 2**bits - 1)
     packed = pack(codes.astype(np.uint8).reshape(*lead, in_dim), bits)
     return packed, scale.astype(weight.dtype), bias.astype(weight.dtype)
+
+
+def _range(low: Float32Array, high: Float32Array, bits: int) -> tuple[Float32Array, Float32Array]:
+    """(scale, bias) of groups with these least and greatest values.
+
+    The edge with the larger magnitude becomes the bias, and the scale is adjusted so that zero is a
+    code too; the scale is negative where that edge is the greatest value. Where the edge is within
+    half a step of zero, the bias is zero. One bit has only its two edges to represent.
+    """
+    step = np.maximum((high - low) / np.float32(2**bits - 1), _SMALLEST_SCALE)
+    if bits == 1:
+        return step, low
+    low_is_edge = np.abs(low) > np.abs(high)
+    edge = np.where(low_is_edge, low, high)
+    scale = np.where(low_is_edge, step, -step)
+    zero_code = np.rint(edge / scale)
+    at_zero = zero_code == 0
+    scale = np.where(at_zero, scale, edge / np.where(at_zero, 1, zero_code))
+    return scale, np.where(at_zero, np.float32(0), edge)
