@@ -1,0 +1,1 @@
+"""Makes MLX checkpoints: imports GGUF losslessly, quantizes and requantizes safetensors directories."""
