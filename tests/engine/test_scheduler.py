@@ -1,0 +1,228 @@
+"""The scheduler, driven without a model: a step is a list of chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixbit.engine.request import Chunk, Request
+from mixbit.engine.scheduler import Scheduler
+
+
+def request(name: str, prompt: int, output: int) -> Request:
+    return Request(name, tokens=[0] * prompt, prompt_tokens=prompt, max_length=prompt + output)
+
+
+def scheduler(*, blocks: int = 100, block_size: int = 4, max_running: int = 4, step_tokens: int = 16) -> Scheduler:
+    return Scheduler(blocks=blocks, block_size=block_size, max_running=max_running, step_tokens=step_tokens)
+
+
+@dataclass
+class Twin:
+    """Runs the scheduler's plans on a naive cache that remembers which token was written where."""
+
+    scheduler: Scheduler
+    finished: list[Request] = field(default_factory=list)
+    written: dict[int, tuple[Request, int]] = field(default_factory=dict)  # block -> (owner, its place)
+    progress: dict[Request, int] = field(default_factory=dict)  # tokens really in the naive cache
+
+    def step(self, *, fail: bool = False) -> list[Chunk]:
+        plan = self.scheduler.plan()
+        self.check(plan)
+        if fail:
+            if len(plan) == 1:
+                self.scheduler.finish(plan[0].request)
+            else:
+                self.scheduler.isolate(plan)
+            return plan
+        for chunk in plan:
+            self.compute(chunk)
+            self.scheduler.advance(chunk)
+            if chunk.request.pending == 0 and self.scheduler.append(chunk.request, token=1):
+                self.scheduler.finish(chunk.request)
+                self.finished.append(chunk.request)
+        return plan
+
+    def compute(self, chunk: Chunk) -> None:
+        size, owner = self.scheduler.block_size, chunk.request
+        for position in range(chunk.start + chunk.count):
+            block, place = owner.blocks[position // size], position // size
+            if position >= chunk.start:
+                self.written[block] = (owner, place)
+            assert self.written[block] == (owner, place), "a block was overwritten by another request"
+
+    def check(self, plan: list[Chunk]) -> None:
+        scheduler = self.scheduler
+        assert sum(chunk.count for chunk in plan) <= scheduler.step_tokens
+        assert bool(plan) == (not scheduler.idle)
+        assert len(scheduler.running) <= scheduler.max_running
+        arrivals = [chunk.request.arrival for chunk in plan]
+        assert arrivals == sorted(set(arrivals))
+        in_order = [entry.arrival for entry in (*scheduler.running, *scheduler.waiting)]
+        assert in_order == sorted(in_order), "a younger request runs before an older one"
+        held = [block for entry in scheduler.running for block in entry.blocks]
+        assert sorted(held) == sorted(scheduler.blocks.held())
+        assert {entry.slot for entry in scheduler.running} == scheduler.slots.held()
+        isolated = [entry for entry in scheduler.running if entry.computed < entry.isolate_until]
+        if isolated:
+            assert [chunk.request for chunk in plan] == isolated[:1]
+        else:
+            decoding = {entry.arrival for entry in scheduler.running if entry.pending == 1}
+            assert decoding <= set(arrivals), "a request that decodes was left out of a step"
+        for chunk in plan:
+            assert chunk.start == chunk.request.computed
+            assert 0 < chunk.count <= chunk.request.pending
+            assert (chunk.start + chunk.count - 1) // scheduler.block_size < len(chunk.request.blocks)
+
+    def run(self, steps: int = 10_000) -> None:
+        while not self.scheduler.idle:
+            self.step()
+            steps -= 1
+            assert steps > 0, "the scheduler does not come to an end"
+
+
+def test_a_request_runs_in_chunks_then_one_token_a_step() -> None:
+    twin = Twin(scheduler(step_tokens=16))
+    twin.scheduler.add(request("a", prompt=40, output=3))
+    plans = []
+    while not twin.scheduler.idle:
+        plans.append([(chunk.start, chunk.count, chunk.samples) for chunk in twin.step()])
+    assert plans == [[(0, 16, False)], [(16, 16, False)], [(32, 8, False)], [(40, 1, False)], [(41, 1, False)]]
+    twin.scheduler.check_idle()
+
+
+def test_decodes_come_first_and_prefills_share_the_rest() -> None:
+    twin = Twin(scheduler(step_tokens=16))
+    twin.scheduler.add(request("decoding", prompt=2, output=50))
+    twin.step()
+    for name, prompt in (("long", 100), ("short", 3), ("third", 100)):
+        twin.scheduler.add(request(name, prompt=prompt, output=5))
+    shares = {chunk.request.request_id: chunk.count for chunk in twin.step()}
+    assert shares == {"decoding": 1, "long": 10, "short": 3, "third": 2}
+
+
+def test_a_short_prompt_overtakes_a_long_one() -> None:
+    twin = Twin(scheduler(step_tokens=16))
+    for name, prompt in (("long", 300), ("short", 6)):
+        twin.scheduler.add(request(name, prompt=prompt, output=1))
+    for _ in range(2):
+        twin.step()
+    assert [entry.request_id for entry in twin.finished] == ["short"]
+
+
+def test_the_youngest_is_preempted_and_resumed_without_a_trace() -> None:
+    twin = Twin(scheduler(blocks=8, block_size=2, max_running=2))
+    old, young = request("old", prompt=6, output=10), request("young", prompt=6, output=10)
+    twin.scheduler.add(old)
+    twin.scheduler.add(young)
+    twin.run()
+    assert twin.scheduler.preemptions > 0
+    assert twin.finished == [old, young]
+    assert [len(entry.tokens) for entry in (old, young)] == [16, 16]
+    twin.scheduler.check_idle()
+
+
+def test_isolated_requests_run_alone_until_past_the_failed_chunk() -> None:
+    twin = Twin(scheduler(step_tokens=16))
+    twin.scheduler.add(request("a", prompt=3, output=9))
+    twin.scheduler.add(request("b", prompt=20, output=9))
+    twin.step()
+    failed = {chunk.request.request_id: chunk.start + chunk.count for chunk in twin.step(fail=True)}
+    assert failed == {"a": 4, "b": 20}
+    alone = []
+    while len(plan := twin.step()) == 1:
+        alone.append((plan[0].request.request_id, plan[0].start, plan[0].count))
+    assert alone == [("a", 0, 4), ("b", 0, 16), ("b", 16, 4)]
+    twin.run()
+    assert {entry.request_id: entry.output_tokens for entry in twin.finished} == {"a": 9, "b": 9}
+
+
+def test_a_request_that_can_never_fit_is_an_error() -> None:
+    plan = scheduler(blocks=3, block_size=4)
+    assert plan.capacity == 12
+    with pytest.raises(ValueError, match="capacity 12"):
+        plan.add(request("a", prompt=10, output=3))
+
+
+def test_finishing_twice_and_finishing_a_waiting_request_frees_once() -> None:
+    twin = Twin(scheduler(max_running=1, step_tokens=4))
+    first, second = request("first", 8, 8), request("second", 8, 8)
+    twin.scheduler.add(first)
+    twin.scheduler.add(second)
+    twin.step()
+    for entry in (second, first, first):
+        twin.scheduler.finish(entry)
+    twin.scheduler.check_idle()
+
+
+def test_a_leak_is_noticed() -> None:
+    plan = scheduler()
+    plan.blocks.take(1)
+    with pytest.raises(RuntimeError, match=r"blocks \[0\]"):
+        plan.check_idle()
+
+
+REQUESTS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=12)
+EVENTS = st.lists(st.sampled_from(["step", "add", "abort", "fail"]), max_size=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(REQUESTS, EVENTS, st.integers(1, 5), st.integers(0, 12), st.integers(13, 60), st.integers(1, 5), st.randoms())
+def test_every_request_ends_with_the_right_length_whatever_happens(
+    shapes: list[tuple[int, int]],
+    events: list[str],
+    max_running: int,
+    extra_tokens: int,
+    blocks: int,
+    block_size: int,
+    random: object,
+) -> None:
+    twin = Twin(
+        scheduler(
+            blocks=blocks,
+            block_size=block_size,
+            max_running=max_running,
+            step_tokens=max_running + extra_tokens,
+        )
+    )
+    queue = [request(str(number), *shape) for number, shape in enumerate(shapes)]
+    queue = [entry for entry in queue if entry.max_length <= twin.scheduler.capacity]
+    added: list[Request] = []
+    gone: set[Request] = set()
+    for event in events:
+        if event == "add" and queue:
+            added.append(queue.pop(0))
+            twin.scheduler.add(added[-1])
+        elif event == "abort" and added:
+            entry = random.choice(added)  # type: ignore[attr-defined]
+            if not entry.ended:
+                gone.add(entry)
+            twin.scheduler.finish(entry)
+        elif event in ("step", "fail"):
+            plan = twin.step(fail=event == "fail" and not twin.scheduler.idle)
+            if event == "fail" and len(plan) == 1:
+                gone.add(plan[0].request)
+    for entry in queue:
+        added.append(entry)
+        twin.scheduler.add(entry)
+    twin.run()
+    assert {entry for entry in added if entry not in gone} == set(twin.finished)
+    assert all(len(entry.tokens) == entry.max_length for entry in twin.finished)
+    twin.scheduler.check_idle()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=8))
+def test_an_older_prefill_never_has_the_smaller_share_of_a_step(prompts: list[int]) -> None:
+    twin = Twin(scheduler(max_running=8, step_tokens=20))
+    for number, prompt in enumerate(prompts):
+        twin.scheduler.add(request(str(number), prompt, output=2))
+    while not twin.scheduler.idle:
+        pending = {entry: entry.pending for entry in (*twin.scheduler.running, *twin.scheduler.waiting)}
+        plan = [chunk for chunk in twin.step() if pending[chunk.request] > 1]
+        for older, younger in pairwise(plan):
+            assert older.count >= younger.count or older.count == pending[older.request]
