@@ -1,1 +1,36 @@
 """Model definitions over the op table, one file for each `model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from mixbit.engine.fields import Fields
+from mixbit.engine.layers.decoder import DecoderConfig
+from mixbit.engine.models.llama import Llama
+from mixbit.engine.weights import Weights
+from mixbit.kernels.ops import Program, ProgramBuilder
+
+
+class Model(Protocol):
+    """What a model file defines: a config that was checked, and the program it records."""
+
+    @property
+    def frame(self) -> DecoderConfig:
+        """Sizes that every model has."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the positions reach."""
+
+    @classmethod
+    def parse(cls, config: Fields) -> Model:
+        """Read config.json (the text model's part); raises CheckpointError."""
+
+    def build(self, ops: ProgramBuilder, weights: Weights) -> Program:
+        """Record the step; raises CheckpointError for tensors that do not fit."""
+
+
+MODELS: Mapping[str, type[Model]] = {
+    "llama": Llama,
+}
