@@ -24,17 +24,37 @@ class AttentionConfig:
     norm_eps: float | None
     gated: bool
 
+    @classmethod
+    def parse(
+        cls,
+        config: Fields,
+        *,
+        head_dim: int,
+        rope: Rope,
+        qkv_bias: bool,
+        output_bias: bool,
+        qk_norm: bool = False,
+        gated: bool = False,
+    ) -> AttentionConfig:
+        """Read the sizes from config.json; the rest is the family's. Raises CheckpointError."""
+        heads = config.integer("num_attention_heads", maximum=65_536)
+        kv_heads = config.integer("num_key_value_heads", heads, maximum=65_536)
+        if heads % kv_heads:
+            raise config.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
+        return cls(
+            hidden_size=config.integer("hidden_size"),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            rope=rope,
+            qkv_bias=qkv_bias,
+            output_bias=output_bias,
+            norm_eps=config.number("rms_norm_eps", 1e-6) if qk_norm else None,
+            gated=gated,
+        )
 
-def head_counts(config: Fields) -> tuple[int, int]:
-    """(query heads, KV heads) from config.json; raises CheckpointError if one does not divide the other."""
-    heads = config.integer("num_attention_heads", maximum=65_536)
-    kv_heads = config.integer("num_key_value_heads", heads, maximum=65_536)
-    if heads % kv_heads:
-        raise config.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-    return heads, kv_heads
 
-
-def head_dim(config: Fields) -> int:
+def shared_head_dim(config: Fields) -> int:
     """Values in a head: `head_dim`, or the heads' share of hidden_size where config.json has none."""
     heads, hidden_size = config.integer("num_attention_heads"), config.integer("hidden_size")
     if config.get("head_dim") is None and hidden_size % heads:

@@ -8,6 +8,12 @@ from typing import Protocol
 from mixbit.engine.fields import Fields
 from mixbit.engine.layers.decoder import DecoderConfig
 from mixbit.engine.models.llama import Llama
+from mixbit.engine.models.qwen2 import Qwen2
+from mixbit.engine.models.qwen3 import Qwen3
+from mixbit.engine.models.qwen3_5 import Qwen35
+from mixbit.engine.models.qwen3_5_moe import Qwen35Moe
+from mixbit.engine.models.qwen3_moe import Qwen3Moe
+from mixbit.engine.models.qwen3_next import Qwen3Next
 from mixbit.engine.weights import Weights
 from mixbit.kernels.ops import Program, ProgramBuilder
 
@@ -33,4 +39,10 @@ class Model(Protocol):
 
 MODELS: Mapping[str, type[Model]] = {
     "llama": Llama,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "qwen3_moe": Qwen3Moe,
+    "qwen3_next": Qwen3Next,
+    "qwen3_5": Qwen35,
+    "qwen3_5_moe": Qwen35Moe,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mixbit.engine.fields import Fields
-from mixbit.engine.layers.attention import AttentionConfig, attention, head_counts, head_dim, refuse_sliding_window
+from mixbit.engine.layers.attention import AttentionConfig, attention, refuse_sliding_window, shared_head_dim
 from mixbit.engine.layers.decoder import DecoderConfig, decoder
 from mixbit.engine.layers.mlp import mlp
 from mixbit.engine.rope import parse_rope
@@ -15,7 +15,7 @@ from mixbit.kernels.ops import Program, ProgramBuilder, Value
 
 @dataclass(frozen=True, eq=False)
 class Llama:
-    """Config and definition; `parse` reads config.json, `build` records the program."""
+    """Attention and SwiGLU in every layer."""
 
     frame: DecoderConfig
     attention: AttentionConfig
@@ -24,26 +24,15 @@ class Llama:
 
     @classmethod
     def parse(cls, config: Fields) -> Llama:
-        """Raises CheckpointError for values that are missing, wrong or not supported."""
+        """Read config.json; raises CheckpointError for values that are missing, wrong or not supported."""
         config.require("mlp_bias", (False,))
         refuse_sliding_window(config)
-        frame, dim = DecoderConfig.parse(config), head_dim(config)
-        heads, kv_heads = head_counts(config)
-        rope = parse_rope(config, dim, theta=10_000.0)
+        head_dim = shared_head_dim(config)
+        rope = parse_rope(config, head_dim, theta=10_000.0)
         bias = config.boolean("attention_bias", False)
         return cls(
-            frame=frame,
-            attention=AttentionConfig(
-                hidden_size=frame.hidden_size,
-                heads=heads,
-                kv_heads=kv_heads,
-                head_dim=dim,
-                rope=rope.rope,
-                qkv_bias=bias,
-                output_bias=bias,
-                norm_eps=None,
-                gated=False,
-            ),
+            frame=DecoderConfig.parse(config),
+            attention=AttentionConfig.parse(config, head_dim=head_dim, rope=rope.rope, qkv_bias=bias, output_bias=bias),
             mlp_size=config.integer("intermediate_size"),
             context_length=rope.context_length,
         )
