@@ -1,0 +1,46 @@
+"""The application: routes, errors, and the guard around them."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from mixbit.engine.client import Engine
+from mixbit.server import errors
+from mixbit.server.model import ServedModel
+from mixbit.server.routes import chat, completions, health, models
+from mixbit.server.schema.common import ErrorResponse
+from mixbit.server.security import Guard
+from mixbit.server.service import Service
+from mixbit.server.settings import Access
+from mixbit.server.version import VERSION
+
+_REFUSALS: dict[int | str, dict[str, object]] = {
+    status: {"model": ErrorResponse, "description": text}
+    for status, text in {
+        400: "A field is wrong, cannot be honoured, or the prompt exceeds the context",
+        401: "No API key, or a wrong one",
+        404: "No such model",
+        413: "The body is too large",
+        415: "Not JSON",
+        429: "The queue is full; see Retry-After",
+        503: "Loading, restarting, or out of memory; see Retry-After",
+    }.items()
+}
+
+
+def create_app(engine: Engine, model: ServedModel, access: Access) -> FastAPI:
+    """The ASGI application that serves `model` with `engine` to whom `access` lets in."""
+    app = FastAPI(
+        title="Mixbit",
+        version=VERSION,
+        summary="An OpenAI-compatible server for mixed-precision models",
+        redoc_url=None,
+    )
+    app.state.service = Service(engine, model)
+    for route in (chat, completions):
+        app.include_router(route.router, responses=_REFUSALS)
+    for route in (models, health):
+        app.include_router(route.router)
+    errors.install(app)
+    app.add_middleware(Guard, access=access)
+    return app

@@ -1,0 +1,63 @@
+"""Model presets from configs/presets.toml: what a model's authors recommend and its files do not say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import msgspec
+
+from mixbit.server.settings import read_toml
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sampling values that are used when a request leaves them out; None: not said here."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    def over(self, other: SamplingDefaults) -> SamplingDefaults:
+        """These values, and those of `other` where these say nothing."""
+        names = self.__struct_fields__
+        return SamplingDefaults(**{n: v if (v := getattr(self, n)) is not None else getattr(other, n) for n in names})
+
+
+class FillInMiddle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The special tokens that ask a model to fill in: prefix, text, suffix, text, middle."""
+
+    prefix: str
+    suffix: str
+    middle: str
+
+    def prompt(self, before: str, after: str) -> str:
+        """The prompt whose completion stands between `before` and `after`."""
+        return f"{self.prefix}{before}{self.suffix}{after}{self.middle}"
+
+
+class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry. `model_types` and `names` (globs, lower case) must both match; an empty one always does."""
+
+    name: str
+    model_types: list[str] = []
+    names: list[str] = []
+    sampling: SamplingDefaults = SamplingDefaults()
+    fim: FillInMiddle | None = None
+
+    def matches(self, model_type: str, names: Sequence[str]) -> bool:
+        """Whether this preset is for a model of that type with one of those names."""
+        return (not self.model_types or model_type in self.model_types) and (
+            not self.names or any(fnmatchcase(name.lower(), glob) for name in names for glob in self.names)
+        )
+
+
+def load_presets() -> list[Preset]:
+    """All presets, in order."""
+    return msgspec.convert(read_toml("presets.toml")["preset"], list[Preset])
+
+
+def find_preset(model_type: str, names: Sequence[str]) -> Preset:
+    """The first preset that matches, else an empty one."""
+    return next((each for each in load_presets() if each.matches(model_type, names)), Preset(name="none"))

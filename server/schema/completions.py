@@ -1,0 +1,56 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mixbit.server.schema.common import MAX_TOKENS, CompletionUsage, ResponseModel, SamplingFields
+from mixbit.server.settings import REQUEST
+
+Token = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
+Prompts = Annotated[list[str], Field(min_length=1, max_length=REQUEST.max_choices)]
+TokenPrompts = Annotated[list[Tokens], Field(min_length=1, max_length=REQUEST.max_choices)]
+
+
+class CreateCompletionRequest(SamplingFields):
+    """A text to be continued. Special tokens in it are read as such."""
+
+    prompt: str | Prompts | Tokens | TokenPrompts
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = Field(None, description="16 if absent.")
+    echo: bool | None = Field(None, description="Begin each choice with its prompt.")
+    suffix: str | None = Field(None, description="Fill in between prompt and suffix, if the model can.")
+    logprobs: Annotated[int, Field(ge=0, le=REQUEST.max_top_logprobs)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="Must not exceed n.")
+
+
+class CompletionLogprobs(ResponseModel):
+    """Parallel lists over the tokens of the text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(ResponseModel):
+    """One completion. Of prompt p, choice c: index p * n + c."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class CreateCompletionResponse(ResponseModel):
+    """The whole answer, or one event of it when streamed."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: CompletionUsage | None = None
