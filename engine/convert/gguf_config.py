@@ -79,7 +79,8 @@ def mlx_name(architecture: Architecture, name: str) -> tuple[str, str]:
     if match:
         layer, module = match["layer"], match["module"]
         known = _TOP if layer is None else architecture.modules
-        if module in known:
+        has_bias = module in ("attn_q", "attn_k", "attn_v", "attn_output")
+        if module in known and (match["parameter"] == "weight" or has_bias):
             prefix = "" if layer is None else f"model.layers.{layer}."
             return prefix + known[module], match["parameter"]
     raise ConvertError(f"{name}: unknown tensor for a {architecture.model_type} model; it cannot be imported")
@@ -161,8 +162,8 @@ def model_config(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
             "num_experts": keys.need("expert_count"),
             "num_experts_per_tok": keys.need("expert_used_count"),
             "moe_intermediate_size": keys.need("expert_feed_forward_length"),
-            # GGUF has no key for it; the runtimes of this architecture always renormalise.
-            "norm_topk_prob": True,
+            # Runtimes of this architecture renormalise, and most files do not say.
+            "norm_topk_prob": bool(keys.get("expert_weights_norm", True)),
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }

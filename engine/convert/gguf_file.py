@@ -102,7 +102,7 @@ class _Cursor:
             return list(struct.unpack(f"<{count}{code}", raw))
         # Each element takes 8 bytes at least: an absurd count fails here and not after filling the memory.
         if count * 8 > len(self.data) - self.at:
-            raise self.fail(f"an array of {count} elements does not fit in the file")
+            raise self.fail(f"an array of {count} elements does not fit in the file (truncated download?)")
         read: Callable[[], Any] = self.text if kind == GGUFValueType.STRING else self.array
         return [read() for _ in range(count)]
 

@@ -22,6 +22,7 @@ from mixbit.engine.convert.writer import Array, Item, TensorInfo
 
 GROUP_SIZE = 32
 _CHUNK_BYTES = 16 << 20
+_LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 
 Bytes = npt.NDArray[np.uint8]
 RowOrder = npt.NDArray[np.intp]
@@ -124,7 +125,7 @@ def _scale_dtype(tensor: GgufTensor, affine: _Affine) -> np.dtype[Any]:
                 raise ConvertError(f"{tensor.name}: a block scale is infinite or not a number; the file is damaged")
             largest = max(largest, top)
     factor = abs(affine.bias_factor) if affine.bias_factor is not None else 1
-    return np.dtype(np.float16 if largest * factor <= np.finfo(np.float16).max else np.float32)
+    return np.dtype(np.float16 if largest * factor <= _LARGEST_FLOAT16 else np.float32)
 
 
 def _decode(rows: Bytes, affine: _Affine, scale_dtype: np.dtype[Any]) -> tuple[Array, ...]:
