@@ -266,6 +266,31 @@ def _check_dim(what: str, got: int, expected: int) -> None:
         raise ValueError(f"{what}: {got} values, expected {expected}")
 
 
+def _check_multiple(what: str, got: int, of: int) -> None:
+    if got % of:
+        raise ValueError(f"{what}: {got} is not a multiple of {of}")
+
+
+def _check_columns(what: str, columns: Columns, count: int, width: int) -> None:
+    end = columns.offset + (count - 1) * columns.stride + width
+    if columns.offset < 0 or columns.stride < width or end > columns.value.dim:
+        raise ValueError(
+            f"{what}: {count} heads of {width} from {columns.offset} by {columns.stride} "
+            f"do not fit in rows of {columns.value.dim}"
+        )
+
+
+def _check_mlp(spec: MlpSpec, dim: int, experts: int | None) -> None:
+    for matrix in (spec.gate, spec.up, spec.down):
+        if matrix.experts != experts:
+            raise ValueError(f"{matrix.name}: a stack of {matrix.experts} experts, expected {experts}")
+    for matrix in (spec.gate, spec.up):
+        _check_dim(f"columns of {matrix.name}", matrix.in_dim, dim)
+    _check_dim(f"rows of {spec.up.name}", spec.up.out_dim, spec.gate.out_dim)
+    _check_dim(f"columns of {spec.down.name}", spec.down.in_dim, spec.gate.out_dim)
+    _check_dim(f"rows of {spec.down.name}", spec.down.out_dim, dim)
+
+
 class ProgramBuilder:
     """Records the verbs a model calls. Every verb checks its shapes and returns the value it makes."""
 
@@ -311,6 +336,20 @@ class ProgramBuilder:
 
     def attention(self, q: Columns, k: Columns, v: Columns, spec: AttentionSpec, gate: Columns | None = None) -> Value:
         """Attention over the sequence's KV cache; returns [tokens, heads * head_dim]."""
+        _check_multiple("query heads", spec.heads, of=spec.kv_heads)
+        for name, columns, count in (
+            ("q", q, spec.heads),
+            ("k", k, spec.kv_heads),
+            ("v", v, spec.kv_heads),
+            ("gate", gate, spec.heads),
+        ):
+            if columns is not None:
+                _check_columns(name, columns, count, spec.head_dim)
+        for norm in (spec.q_norm, spec.k_norm):
+            if norm is not None:
+                _check_dim(norm.weight.name, norm.weight.data.size, spec.head_dim)
+        if spec.rope is not None and 2 * len(spec.rope.inv_freq) > spec.head_dim:
+            raise ValueError(f"rope: {2 * len(spec.rope.inv_freq)} values rotated of a head of {spec.head_dim}")
         out = self._value(spec.heads * spec.head_dim)
         self._nodes.append(Attention(q, k, v, gate, spec, self._attentions, out))
         self._attentions += 1
@@ -320,7 +359,21 @@ class ProgramBuilder:
         self, q: Columns, k: Columns, v: Columns, z: Columns, b: Columns, a: Columns, spec: GatedDeltaSpec
     ) -> Value:
         """Gated delta net over the sequence's state; returns [tokens, value_heads * value_dim]."""
+        _check_multiple("value heads", spec.value_heads, of=spec.key_heads)
+        ratio = spec.value_heads // spec.key_heads
+        for name, columns, width in (
+            ("q", q, spec.key_dim),
+            ("k", k, spec.key_dim),
+            ("v", v, ratio * spec.value_dim),
+            ("z", z, ratio * spec.value_dim),
+            ("b", b, ratio),
+            ("a", a, ratio),
+        ):
+            _check_columns(name, columns, spec.key_heads, width)
         _check_dim(spec.conv.name, spec.conv.data.shape[0], spec.channels)
+        for tensor in (spec.a_log, spec.dt_bias):
+            _check_dim(tensor.name, tensor.data.size, spec.value_heads)
+        _check_dim(spec.norm.weight.name, spec.norm.weight.data.size, spec.value_dim)
         out = self._value(spec.value_heads * spec.value_dim)
         self._nodes.append(GatedDelta(q, k, v, z, b, a, spec, self._gated_deltas, out))
         self._gated_deltas += 1
@@ -328,14 +381,22 @@ class ProgramBuilder:
 
     def mlp(self, x: Value, spec: MlpSpec) -> Value:
         """SwiGLU feed-forward."""
-        _check_dim(spec.gate.name, spec.gate.in_dim, x.dim)
+        _check_mlp(spec, x.dim, experts=None)
         out = self._value(spec.down.out_dim, x.rows)
         self._nodes.append(Mlp(x, spec, out))
         return out
 
     def moe(self, x: Value, spec: MoeSpec) -> Value:
         """Mixture of experts."""
-        _check_dim(spec.router.name, spec.router.in_dim, x.dim)
+        _check_dim(f"columns of {spec.router.name}", spec.router.in_dim, x.dim)
+        _check_mlp(spec.experts, x.dim, experts=spec.router.out_dim)
+        if not 1 <= spec.top_k <= spec.router.out_dim:
+            raise ValueError(f"{spec.top_k} experts a token, but {spec.router.name} scores {spec.router.out_dim}")
+        if spec.shared is not None:
+            _check_mlp(spec.shared, x.dim, experts=None)
+        if spec.shared_gate is not None:
+            _check_dim(f"rows of {spec.shared_gate.name}", spec.shared_gate.out_dim, 1)
+            _check_dim(f"columns of {spec.shared_gate.name}", spec.shared_gate.in_dim, x.dim)
         out = self._value(spec.experts.down.out_dim, x.rows)
         self._nodes.append(Moe(x, spec, out))
         return out

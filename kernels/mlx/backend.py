@@ -1,0 +1,63 @@
+"""The MLX backends: Metal, CUDA, and MLX's own CPU device. MLX is imported only when asked for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Literal
+
+from mixbit.kernels.executor import CacheConfig, ExecutorOptions
+from mixbit.kernels.ops import Program
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mixbit.kernels.mlx.executor import MlxExecutor
+
+Name = Literal["metal", "cuda", "mlx-cpu"]
+
+
+class MlxBackend:
+    """Runs programs with MLX on one kind of device. `isa` and `threads` have no meaning here."""
+
+    def __init__(self, name: Name) -> None:
+        self.name: str = name
+
+    def unavailable(self) -> str | None:
+        """None if MLX has this device here, else what is missing."""
+        if self.name == "metal" and sys.platform != "darwin":
+            return "this is not macOS"
+        if self.name == "cuda" and sys.platform == "darwin":
+            return "macOS has no CUDA"
+        if importlib.util.find_spec("mlx") is None:
+            return "mlx is not installed"
+        try:
+            import mlx.core as mx  # noqa: PLC0415
+        except ImportError as error:  # a GPU build without its driver's libraries
+            return f"mlx cannot be imported: {error}"
+        if self.name == "metal" and not mx.metal.is_available():
+            return "mlx has no Metal device"
+        if self.name == "cuda" and not mx.cuda.is_available():
+            return "mlx has no CUDA device"
+        return None
+
+    def describe(self) -> str:
+        """The device as MLX names it."""
+        import mlx.core as mx  # noqa: PLC0415
+
+        device = mx.Device(self._device(), 0)
+        name = mx.device_info(device).get("device_name", "unknown device")
+        return f"{name}, MLX {importlib.metadata.version('mlx')}"
+
+    def compile(self, program: Program, cache: CacheConfig, options: ExecutorOptions) -> MlxExecutor:
+        """Copy the weights to the device (on the CPU in float32) and allocate the pools."""
+        from mixbit.kernels.mlx.executor import MlxExecutor  # noqa: PLC0415
+        from mixbit.kernels.mlx.stock import STOCK  # noqa: PLC0415
+
+        return MlxExecutor(program, cache, options, self._device(), STOCK)
+
+    def _device(self) -> mx.DeviceType:
+        import mlx.core as mx  # noqa: PLC0415
+
+        return mx.cpu if self.name == "mlx-cpu" else mx.gpu

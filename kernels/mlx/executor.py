@@ -1,0 +1,98 @@
+"""Runs a program on an MLX device: the graph of a step is built node by node and evaluated once."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mixbit.kernels import ops
+from mixbit.kernels.executor import Batch, CacheConfig, ExecutorOptions
+from mixbit.kernels.mlx.arrays import DTYPES, Values
+from mixbit.kernels.mlx.caches import KvPool, StatePool
+from mixbit.kernels.mlx.operation import Binding, Table
+from mixbit.kernels.mlx.step import Step
+from mixbit.kernels.mlx.weights import Weights
+from mixbit.kernels.spec import QuantizedTensor
+
+
+class MlxExecutor:
+    """A program with its weights and pools on one device."""
+
+    def __init__(
+        self,
+        program: ops.Program,
+        cache: CacheConfig,
+        options: ExecutorOptions,
+        device: mx.DeviceType,
+        table: Table,
+    ) -> None:
+        """device: mx.cpu or mx.gpu. table: how each node is run."""
+        self._program, self._device, self._profile = program, device, options.profile
+        self._block_size = cache.block_size
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        dtype = DTYPES[options.dtype or activation_dtype(program, device)]
+        with mx.stream(device):
+            self._binding = Binding(
+                Weights(dtype),
+                tuple(KvPool(node.spec, cache, dtype) for node in program.attentions),
+                tuple(StatePool(node.spec, cache, dtype) for node in program.gated_deltas),
+            )
+            self._operations = [(node, table[type(node)](node, self._binding)) for node in program.nodes]
+            mx.eval(*self._pools())
+
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Logits [selected, vocab] of the step; KV and recurrent state are updated in place."""
+        with mx.stream(self._device):
+            step = Step.prepare(batch, self._block_size)
+            values: Values = {}
+            for node, operation in self._operations:
+                if len(batch.logit_rows) == 0 and isinstance(node, ops.SelectRows):
+                    break  # MLX does not multiply by no rows, and what follows makes nothing but logits
+                start = time.perf_counter()
+                operation(step, values)
+                if self._profile:
+                    mx.eval(*values.values(), *self._pools())
+                    self._seconds[ops.kind(node)] += time.perf_counter() - start
+            logits = values.get(self._program.logits.index)
+            values.clear()  # so that the evaluation can reuse the memory of each value after its last use
+            if logits is None:
+                mx.eval(*self._pools())
+                return np.zeros((0, self._program.logits.dim), np.float32)
+            logits = logits.astype(mx.float32)
+            mx.eval(logits, *self._pools())
+            return np.array(logits)
+
+    def phase_seconds(self) -> Mapping[str, float]:
+        """Seconds by kind of node; empty unless profiling, which evaluates each node by itself."""
+        return dict(self._seconds)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the pools."""
+        return sum(array.nbytes for array in self._pools())
+
+    def _pools(self) -> Iterator[mx.array]:
+        for kv in self._binding.kv_pools:
+            yield from kv.arrays()
+        for state in self._binding.state_pools:
+            yield from state.arrays()
+
+
+def activation_dtype(program: ops.Program, device: mx.DeviceType) -> str:
+    """float32 on the CPU, where MLX has fast kernels for nothing else; else the checkpoint's own."""
+    if device == mx.cpu:
+        return "float32"
+    dtypes: Counter[str] = Counter()
+    for node in program.nodes:
+        matrices = [node.table] if isinstance(node, ops.Embed) else []
+        if isinstance(node, ops.BatchMatvec):
+            matrices = [spec.matrix for spec in node.specs]
+        for matrix in matrices:
+            stored = matrix.scales if isinstance(matrix, QuantizedTensor) else matrix.data
+            dtypes[stored.dtype.name] += 1
+    return dtypes.most_common(1)[0][0]
