@@ -58,14 +58,24 @@ _HYBRID: Mapping[str, Any] = {
     "linear_value_head_dim": 32,
     "linear_conv_kernel_dim": 4,
 }
+_QWEN3_5: Mapping[str, Any] = {
+    **{key: value for key, value in _HYBRID.items() if key not in {"rope_theta", "partial_rotary_factor"}},
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 20000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    },
+}
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": _DENSE,
     "qwen2": {**_DENSE, "num_attention_heads": 2, "num_key_value_heads": 1},
     "qwen3": _DENSE,
     "qwen3_moe": {**_DENSE, **_EXPERTS, "num_hidden_layers": 4, "mlp_only_layers": [1]},
     "qwen3_next": {**_HYBRID, **_EXPERTS, "shared_expert_intermediate_size": 128, "norm_topk_prob": False},
-    "qwen3_5": _HYBRID,
-    "qwen3_5_moe": {**_HYBRID, **_EXPERTS, "shared_expert_intermediate_size": 128},
+    "qwen3_5": _QWEN3_5,
+    "qwen3_5_moe": {**_QWEN3_5, **_EXPERTS, "shared_expert_intermediate_size": 128},
 }
 _VISION_TYPES = {"qwen3_5", "qwen3_5_moe"}  # MLX keeps these under language_model., with a text_config
 
