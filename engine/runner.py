@@ -1,0 +1,54 @@
+"""Turns the scheduler's chunks into the arrays of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from mixbit.engine.request import Chunk, Request
+from mixbit.kernels.executor import Batch, CacheConfig, Executor
+
+
+class Runner:
+    """Runs chunks on an executor."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+
+    def run(self, chunks: Sequence[Chunk]) -> npt.NDArray[np.float32]:
+        """Logits [rows, vocab], one row for each chunk that samples, in their order."""
+        return self.executor.run(batch_of(chunks))
+
+
+def batch_of(chunks: Sequence[Chunk]) -> Batch:
+    """The arrays of a step. Every chunk's request has its blocks and slot."""
+    counts = [chunk.count for chunk in chunks]
+    tokens: list[int] = []
+    tables = np.full((len(chunks), max(len(chunk.request.blocks) for chunk in chunks)), -1, np.int32)
+    for row, chunk in enumerate(chunks):
+        tokens += chunk.request.tokens[chunk.start : chunk.start + chunk.count]
+        blocks = np.frombuffer(chunk.request.blocks, np.int32)
+        tables[row, : len(blocks)] = blocks
+    starts = np.zeros(len(chunks) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    samples = np.array([chunk.samples for chunk in chunks])
+    return Batch(
+        tokens=np.array(tokens, np.int32),
+        query_starts=starts,
+        context_lengths=np.array([chunk.start for chunk in chunks], np.int32),
+        block_tables=tables,
+        state_slots=np.array([chunk.request.slot for chunk in chunks], np.int32),
+        logit_rows=starts[1:][samples] - np.int32(1),
+    )
+
+
+def warm_up(executor: Executor, cache: CacheConfig, step_tokens: int) -> None:
+    """Run a prefill and a decode, so that the first request does not pay for compilation and first touch."""
+    length = min(cache.block_size, step_tokens, 16)
+    request = Request("warm-up", tokens=[0] * length, prompt_tokens=length, max_length=length + 1)
+    request.blocks.extend(range(min(2, cache.blocks)))
+    request.slot = 0
+    for chunk in (Chunk(request, 0, length), Chunk(request, length - 1, 1)):
+        executor.run(batch_of([chunk]))

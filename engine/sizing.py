@@ -1,0 +1,78 @@
+"""How large the caches are: what the sequences could use, within what memory there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from mixbit.engine.config import EngineConfig
+from mixbit.engine.errors import UserError
+from mixbit.kernels.executor import CacheConfig
+from mixbit.kernels.ops import Program
+
+USEFUL_LENGTH = 256  # tokens: a cache too small for one sequence of this length is refused
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class CacheError(UserError):
+    """There is not enough memory for a useful cache; the message has the numbers."""
+
+
+def block_bytes(program: Program, block_size: int, value_bytes: int) -> int:
+    """Bytes of one block in all attention layers: keys and values."""
+    values = sum(2 * node.spec.kv_heads * node.spec.head_dim for node in program.attentions)
+    return values * block_size * value_bytes
+
+
+def slot_bytes(program: Program) -> int:
+    """Bytes of one sequence's recurrent state in all gated delta layers, float32."""
+    specs = [node.spec for node in program.gated_deltas]
+    return sum(
+        4 * ((spec.kernel - 1) * spec.channels + spec.value_heads * spec.value_dim * spec.key_dim) for spec in specs
+    )
+
+
+def available_memory(cgroup: Path = _CGROUP) -> int:
+    """Bytes that can be allocated without swapping, within the limit of a container where there is one."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no container, or no limit ("max")
+        return available
+    reclaimable = int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
+    return max(0, min(available, limit - used + reclaimable))
+
+
+def cache_config(program: Program, config: EngineConfig, context_length: int, weight_bytes: int) -> CacheConfig:
+    """Blocks for every running sequence at full length, or as many as the memory allows.
+
+    Without config.cache_bytes half of what the weights will leave free is used; weights larger than memory
+    are read again and again from disk, and leave an eighth. Values count as float32, unless a narrower
+    dtype is asked for. Raises CacheError if not even one sequence of a useful length fits.
+    """
+    available = available_memory()
+    budget = config.cache_bytes or max(available - weight_bytes, available // 8) // 2
+    states = slot_bytes(program) * config.max_running
+    each = block_bytes(program, config.block_size, 2 if config.dtype in {"float16", "bfloat16"} else 4)
+    useful = min(context_length, USEFUL_LENGTH)
+    wanted = config.max_running * _blocks(context_length, config.block_size)
+    blocks = min(wanted, max(0, budget - states) // each) if each else wanted
+    least = _blocks(useful, config.block_size)
+    if blocks < least:
+        raise CacheError(
+            f"the cache may take {_megabytes(budget)}, but {config.max_running} recurrent states "
+            f"({_megabytes(states)}) and one sequence of {useful} tokens ({_megabytes(least * each)}) need "
+            f"{_megabytes(states + least * each)}; free memory, raise the cache size or lower max_running"
+        )
+    return CacheConfig(blocks=blocks, block_size=config.block_size, state_slots=config.max_running)
+
+
+def _blocks(tokens: int, block_size: int) -> int:
+    return -(-tokens // block_size)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,118 @@
+"""Frames on the socket between server and worker: 4-byte little-endian length, then msgpack."""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+import struct
+import threading
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from mixbit.engine.protocol import FromWorker, ToWorker
+
+MAX_FRAME = 1 << 28
+_LENGTH = struct.Struct("<I")
+_encoder = msgspec.msgpack.Encoder()
+_to_worker = msgspec.msgpack.Decoder(ToWorker)
+_from_worker = msgspec.msgpack.Decoder(FromWorker)
+
+
+class ProtocolError(Exception):
+    """Bytes on the socket that are no frame: the other side is not what it should be."""
+
+
+def encode(message: ToWorker | FromWorker) -> bytes:
+    """One frame. Raises UnicodeEncodeError if a text holds a lone surrogate."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+async def read_from_worker(reader: asyncio.StreamReader) -> FromWorker | None:
+    """The next message, or None at the end of the stream."""
+    try:
+        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+        if length > MAX_FRAME:
+            raise ProtocolError(f"a frame of {length} bytes from the worker")
+        return _from_worker.decode(await reader.readexactly(length))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+
+
+class WorkerSocket:
+    """The worker's end. Sending never waits: what the socket does not take is kept for a thread to write.
+
+    One thread receives; any thread may send. `backlog` grows while the server does not read, so whoever
+    produces much looks at `congested` first.
+    """
+
+    def __init__(self, sock: socket.socket, *, congested_bytes: int = 1 << 24) -> None:
+        self._socket = sock
+        self._congested_bytes = congested_bytes
+        self._backlog = bytearray()
+        self._lock = threading.Condition()
+        threading.Thread(target=self._write_backlog, name="writer", daemon=True).start()
+
+    @property
+    def congested(self) -> bool:
+        """Whether more is waiting than a server that reads would ever leave."""
+        return len(self._backlog) > self._congested_bytes
+
+    def send(self, messages: Iterable[FromWorker]) -> None:
+        """Queue messages, in order. Nothing is raised if the server is gone: receiving tells that."""
+        data = b"".join(map(encode, messages))
+        if not data:
+            return
+        with self._lock:
+            sent = 0
+            if not self._backlog:
+                try:
+                    sent = self._socket.send(data, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    return
+            if sent < len(data):
+                self._backlog += data[sent:]
+                self._lock.notify()
+
+    def receive(self) -> Iterator[ToWorker]:
+        """Messages until the server closes its end. Raises ProtocolError."""
+        stream = self._socket.makefile("rb")
+        while True:
+            try:
+                head = stream.read(_LENGTH.size)
+                if len(head) < _LENGTH.size:
+                    return
+                (length,) = _LENGTH.unpack(head)
+                if length > MAX_FRAME:
+                    raise ProtocolError(f"a frame of {length} bytes from the server")
+                body = stream.read(length)
+            except OSError:
+                return
+            if len(body) < length:
+                return
+            yield _to_worker.decode(body)
+
+    def flush(self, timeout: float) -> None:
+        """Wait until the backlog is written, at the end of the process."""
+        with self._lock:
+            self._lock.wait_for(lambda: not self._backlog, timeout)
+
+    def _write_backlog(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: bool(self._backlog))
+            select.select([], [self._socket], [])
+            with self._lock:
+                try:
+                    del self._backlog[: self._socket.send(self._backlog[: 1 << 18], socket.MSG_DONTWAIT)]
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    self._backlog.clear()
+                    return
+                finally:
+                    self._lock.notify_all()
