@@ -91,7 +91,8 @@ class GatedDeltaSpec:
 
     channels = 2 * key_heads * key_dim + value_heads * value_dim. The state of a sequence is the last
     kernel - 1 inputs of the convolution and S [value_heads, value_dim, key_dim], float32.
-    Value head h belongs to key head h // (value_heads // key_heads).
+    Value head h belongs to key head h // (value_heads // key_heads). After the convolution q and k are
+    divided by sqrt(sum of squares + 1e-6), and q by sqrt(key_dim).
     """
 
     key_heads: int

@@ -92,12 +92,13 @@ def write_checkpoint(
     vision: bool | None = None,
     config: Mapping[str, Any] | None = None,
     seed: int = 0,
+    factors: Mapping[str, float] | None = None,
 ) -> Path:
     """Write a checkpoint to `directory` and return it.
 
     bits: of every matrix, None for none quantized. overrides: by glob over module paths, another width
     or None for unquantized; the last match counts. vision: in the layout of a vision checkpoint, by default
-    where MLX has it so. config: changes to config.json.
+    where MLX has it so. config: changes to config.json. factors: by glob over tensor names.
     """
     directory.mkdir(parents=True, exist_ok=True)
     vision = model_type in _VISION_TYPES if vision is None else vision
@@ -105,7 +106,7 @@ def write_checkpoint(
     prefix = "language_model." if vision else ""
     tensors: dict[str, Array] = {}
     section: dict[str, Any] = {} if bits is None else {"group_size": group_size, "bits": bits}
-    for name, value in random_tensors(model_type, text, seed).items():
+    for name, value in _scaled(random_tensors(model_type, text, seed), factors or {}).items():
         path = name.removesuffix(".weight")
         width = None if bits is None else (bits, group_size)
         if _is_quantizable(name, value):
@@ -158,6 +159,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
     text = json.dumps(header).encode()
     data = b"".join(value.tobytes() for value in tensors.values())
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def _scaled(tensors: Mapping[str, Array], factors: Mapping[str, float]) -> dict[str, Array]:
+    def factor(name: str) -> np.float32:
+        return np.float32(math.prod(factor for pattern, factor in factors.items() if fnmatchcase(name, pattern)))
+
+    return {name: value * factor(name) for name, value in tensors.items()}
 
 
 def _override(width: Width | None) -> Any:

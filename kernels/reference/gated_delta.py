@@ -15,7 +15,7 @@ from mixbit.kernels.reference.activations import sigmoid, silu, softplus
 from mixbit.kernels.reference.matrix import Float32Array
 from mixbit.kernels.reference.norm import rms_norm, unit_rms
 
-QK_EPS = 1e-6
+QK_EPS = 1e-6  # added to the sum of squares of q and k, as transformers does
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +64,8 @@ def gated_delta(
             pool.memory[slot] = 0
         mixed = convolve(spec, inputs[rows], pool.conv[slot])
         qs, ks, vs = split_channels(spec, mixed)
-        qs = unit_rms(qs, QK_EPS) / np.float32(spec.key_dim)
-        ks = unit_rms(ks, QK_EPS) / np.float32(np.sqrt(spec.key_dim))
+        qs = unit_rms(qs, QK_EPS / spec.key_dim) / np.float32(spec.key_dim)
+        ks = unit_rms(ks, QK_EPS / spec.key_dim) / np.float32(np.sqrt(spec.key_dim))
         out[rows] = recur(qs, ks, vs, decay[rows], beta[rows], pool.memory[slot])
     return (rms_norm(spec.norm, out) * silu(z)).reshape(tokens, -1)
 

@@ -161,6 +161,7 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "nothing quantized": ("qwen3_5_moe", {"bits": None}),
     "shards": ("qwen3_5_moe", {"shards": 3}),
     "text model alone": ("qwen3_5", {"vision": False}),
+    "small q and k, where epsilon counts": ("qwen3_next", {"factors": {"*.conv1d.weight": 0.003}}),
     "three delta nets before attention": ("qwen3_5", {"config": {"full_attention_interval": 4}}),
 }
 
