@@ -129,5 +129,5 @@ def _locate(problem: Mapping[str, Any], body: Any) -> tuple[str, int]:
 def _say(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "union_tag_invalid":
         return f"{problem['ctx']['tag']!r} is not supported; use one of {problem['ctx']['expected_tags']}"
-    text = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
+    text = str(problem["msg"]).replace(" after validation", "").rstrip(".")
     return text[:1].lower() + text[1:]

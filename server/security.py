@@ -25,8 +25,6 @@ from mixbit.server.settings import HTTP, Access, HttpLimits
 
 log = logging.getLogger("mixbit.server")
 
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
-
 
 class Guard:
     """Checks requests by `access` and `limits`, and logs one line about each; never what was said."""

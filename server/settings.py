@@ -54,6 +54,9 @@ REQUEST = RequestLimits(**_tables["request"])
 TEMPLATE = TemplateLimits(**_tables["template"])
 
 
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
 @dataclass(frozen=True)
 class Access:
     """Who may talk to the server.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from mixbit.server.schema.common import MAX_TOKENS, CompletionUsage, ResponseModel, SamplingFields
 from mixbit.server.settings import REQUEST
@@ -15,10 +15,33 @@ Prompts = Annotated[list[str], Field(min_length=1, max_length=REQUEST.max_choice
 TokenPrompts = Annotated[list[Tokens], Field(min_length=1, max_length=REQUEST.max_choices)]
 
 
+def _kind(prompt: Any) -> str | None:
+    """The kind of prompt, told by the first entry of a list, so that an error is about what was meant."""
+    if isinstance(prompt, str):
+        return "text"
+    if not isinstance(prompt, list):
+        return None
+    first = prompt[0] if prompt else ""
+    return "tokens" if isinstance(first, int) else "token lists" if isinstance(first, list) else "texts"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[Prompts, Tag("texts")]
+    | Annotated[Tokens, Tag("tokens")]
+    | Annotated[TokenPrompts, Tag("token lists")],
+    Discriminator(
+        _kind,
+        custom_error_type="prompt",
+        custom_error_message="must be text, tokens, or a list of either",
+    ),
+]
+
+
 class CreateCompletionRequest(SamplingFields):
     """A text to be continued. Special tokens in it are read as such."""
 
-    prompt: str | Prompts | Tokens | TokenPrompts
+    prompt: Prompt
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = Field(None, description="16 if absent.")
     echo: bool | None = Field(None, description="Begin each choice with its prompt.")
     suffix: str | None = Field(None, description="Fill in between prompt and suffix, if the model can.")

@@ -1,0 +1,202 @@
+"""`mixbit serve`: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixbit.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from mixbit.server.settings import Access
+
+_EPILOG = """examples:
+  mixbit serve
+  mixbit serve --model mlx-community/Qwen3-Coder-Next-4bit --context-length 65536
+  mixbit serve --model ./my-model --alias gpt-4o --alias local
+  MIXBIT_API_KEY=secret mixbit serve --host 0.0.0.0
+
+Without a key the server listens on this machine only and answers requests that name it by a local name."""
+
+
+class ServeError(UserError):
+    """An option that cannot be honoured, or a port that is taken."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `serve` to the command line."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        usage="mixbit serve [--model PATH_OR_HUB_ID] [options]",
+        description="Serve a model over HTTP.",
+        epilog=_EPILOG,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", metavar="PATH_OR_HUB_ID", default="demo", help="directory or hub id (default: the demo model)"
+    )
+    model.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    model.add_argument("--served-name", metavar="NAME", help="the model's name (default: its hub id or directory)")
+    model.add_argument("--alias", metavar="NAME", action="append", default=[], help="a further name; repeatable")
+    model.add_argument("--chat-template", metavar="FILE", type=Path, help="a Jinja file instead of the model's own")
+
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--device", metavar="NAME", default="auto", help="see mixbit doctor (default: auto)")
+    engine.add_argument("--threads", metavar="N", type=int, default=0, help="CPU threads (default: one a core)")
+    engine.add_argument("--context-length", metavar="N", type=int, help="tokens (default: the model's own)")
+    engine.add_argument("--max-running", metavar="N", type=int, default=16, help="requests in a batch (default: 16)")
+    engine.add_argument("--max-queue", metavar="N", type=int, default=256, help="requests waiting (default: 256)")
+    engine.add_argument(
+        "--cache-memory", metavar="SIZE", type=_size, help="for the KV cache, such as 2G (default: from what is free)"
+    )
+    engine.add_argument("--k", metavar="K", type=int, help="active experts per token (default: the model's own)")
+    engine.add_argument("--dtype", metavar="NAME", help="activations of GPU backends (default: the checkpoint's)")
+    engine.add_argument("--isa", metavar="NAME", help="force a CPU instruction set (default: the best)")
+
+    network = parser.add_argument_group("network and access")
+    network.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    network.add_argument("--port", type=_port, default=8080, help="port, 0 for any (default: 8080)")
+    network.add_argument(
+        "--api-key", metavar="KEY", action="append", default=[], help="a key to ask for; also MIXBIT_API_KEY"
+    )
+    network.add_argument("--api-key-file", metavar="FILE", type=Path, help="keys, one in a line")
+    network.add_argument(
+        "--allow-unauthenticated", action="store_true", help="let other machines in without a key: be sure"
+    )
+    network.add_argument(
+        "--allow-host", metavar="NAME", action="append", default=[], help="a further Host name; repeatable"
+    )
+    network.add_argument(
+        "--allow-origin", metavar="URL", action="append", default=[], help="a web origin whose pages may call"
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--log-level",
+        choices=["debug", "info", "warning", "error"],
+        default="warning",
+        help="info: one line for each request (default: warning)",
+    )
+    parser.set_defaults(run=run)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    """Bytes of `2G`, `512M`, `1.5G` or a plain number."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    digits = text.upper().removesuffix("B").removesuffix("I")
+    factor = units.get(digits[-1:], 1)
+    try:
+        return int(float(digits.rstrip("KMGT")) * factor)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 2G") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def read_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    """Keys from flags, file and environment. Raises ServeError if a source that was named has none."""
+    keys = [*args.api_key]
+    if (key := os.environ.get("MIXBIT_API_KEY")) is not None:
+        keys.append(key)
+    if args.api_key_file is not None:
+        try:
+            lines = args.api_key_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ServeError(f"{args.api_key_file}: cannot be read: {error}") from None
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise ServeError(f"{args.api_key_file}: holds no key; write one in a line")
+        keys += found
+    if not all(key.strip() for key in keys):
+        raise ServeError("an API key is empty; check --api-key and MIXBIT_API_KEY")
+    return tuple(key.strip() for key in keys)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the options, then serve until Ctrl-C."""
+    keys = read_keys(args)
+    if not (is_loopback(args.host) or keys or args.allow_unauthenticated):
+        raise ServeError(
+            f"--host {args.host} lets other machines in, and there is no API key. Set --api-key, --api-key-file or "
+            "MIXBIT_API_KEY, or say --allow-unauthenticated."
+        )
+    from mixbit.engine.config import EngineConfig
+    from mixbit.engine.download import resolve_model
+    from mixbit.server import serving
+    from mixbit.server.console import Steps
+
+    start_logging(args.log_level)
+    if args.port:
+        serving.listen(args.host, args.port).close()  # a taken port is said before a long download
+    with Steps() as steps:
+        directory = resolve_model(args.model, revision=args.revision, progress=steps.update)
+        config = EngineConfig(
+            model=str(directory),
+            device=args.device,
+            threads=args.threads,
+            context_length=args.context_length,
+            max_running=args.max_running,
+            max_queue=args.max_queue,
+            cache_bytes=args.cache_memory,
+            top_k_experts=args.k,
+            isa=args.isa,
+            dtype=args.dtype,
+        ).check()
+        return serving.run(
+            serving.Serving(
+                engine=config,
+                names=served_names(args, directory),
+                chat_template=args.chat_template,
+                host=args.host,
+                port=args.port,
+                local=is_loopback(args.host),
+                access=access_rules(args, keys),
+            ),
+            steps,
+        )
+
+
+def served_names(args: argparse.Namespace, directory: Path) -> tuple[str, ...]:
+    """The hub id as given, or the directory's name, unless another is asked for; then the aliases."""
+    given = args.model if args.model != "demo" and not Path(args.model).exists() else directory.resolve().name
+    return tuple(dict.fromkeys([args.served_name or given, *args.alias]))
+
+
+def access_rules(args: argparse.Namespace, keys: tuple[str, ...]) -> Access:
+    """Local names alone on a loopback address; elsewhere any name, unless names are given."""
+    from mixbit.server.settings import LOOPBACK_HOSTS, Access
+
+    hosts = LOOPBACK_HOSTS | {host.lower() for host in [_in_url(args.host), *args.allow_host]}
+    open_to_any = not is_loopback(args.host) and not args.allow_host
+    return Access(keys=keys, hosts=None if open_to_any else hosts, origins=frozenset(args.allow_origin))
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def start_logging(level: str) -> None:
+    """Logs go to stderr; the libraries' own chatter only at debug."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
+    if level == "info":
+        for name in ("uvicorn", "httpx", "asyncio"):
+            logging.getLogger(name).setLevel(logging.WARNING)

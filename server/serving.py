@@ -1,0 +1,145 @@
+"""The life of a server process: port, model, worker, HTTP, and a good end.
+
+The worker is started before the web stack is imported: it loads the model meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixbit.engine.client import EngineClient, EngineFailed, EngineState
+from mixbit.engine.config import EngineConfig
+from mixbit.engine.errors import UserError
+from mixbit.server.console import Steps, show_panel
+from mixbit.server.settings import HTTP, Access
+
+if TYPE_CHECKING:
+    from mixbit.engine.protocol import Ready
+
+
+class PortError(UserError):
+    """The address cannot be listened on."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What to serve, where, and to whom. names: the served name and its aliases. local: a loopback address."""
+
+    engine: EngineConfig
+    names: tuple[str, ...]
+    chat_template: Path | None
+    host: str
+    port: int
+    local: bool
+    access: Access
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 takes any. Raises PortError saying what to do."""
+    bare = host.strip("[]")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise PortError(f"--host {host} is not an address of this machine: {error.strerror}") from None
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(address)
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            free = port + 1 if port < 65535 else 8080
+            text = f"port {port} on {host} is in use, perhaps by another server; stop that, or choose --port {free}"
+        elif error.errno == errno.EACCES:
+            text = f"port {port} may not be used without privileges; choose one above 1023"
+        else:
+            text = f"cannot listen on {host} port {port}: {error.strerror}"
+        raise PortError(text) from None
+    sock.setblocking(False)
+    return sock
+
+
+def run(serving: Serving, steps: Steps) -> int:
+    """Serve until Ctrl-C or SIGTERM; the exit status. Raises UserError if the model cannot be loaded."""
+    with listen(serving.host, serving.port) as sock:
+        return asyncio.run(_Process(serving, sock, steps).main())
+
+
+class _Process:
+    """One run of the server."""
+
+    def __init__(self, serving: Serving, sock: socket.socket, steps: Steps) -> None:
+        self._serving, self._sock, self._steps = serving, sock, steps
+        self._engine = EngineClient(serving.engine)
+        self._stop = asyncio.Event()
+
+    async def main(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            await self._engine.start()
+            await self._serve()
+        finally:
+            self._steps.close()
+            await self._engine.close()
+        return 0
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            os._exit(130)  # asked twice; the worker ends when its socket closes
+        self._stop.set()
+
+    async def _serve(self) -> None:
+        from mixbit.server.app import create_app
+        from mixbit.server.model import describe_model
+        from mixbit.server.web import make_server
+
+        serving = self._serving
+        model = describe_model(Path(serving.engine.model), serving.names, serving.chat_template)
+        server = make_server(create_app(self._engine, model, serving.access))
+        http = asyncio.create_task(server.serve(sockets=[self._sock]))
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            if ready := await self._until_ready(stop):
+                self._steps.close()
+                show_panel(self._url(), model, ready, with_key=bool(serving.access.keys), local=serving.local)
+                await self._until_over(stop, http)
+        finally:
+            # Running requests get some time; closing the engine then ends their streams with an error event.
+            server.should_exit = True
+            await asyncio.wait({http}, timeout=HTTP.shutdown_seconds)
+            await self._engine.close()
+            await http
+            stop.cancel()
+
+    async def _until_ready(self, stop: asyncio.Task[bool]) -> Ready | None:
+        """Show progress until the model is loaded; None if told to stop. Raises EngineFailed."""
+        ready = asyncio.create_task(self._engine.wait_ready())
+        try:
+            while not (ready.done() or stop.done()):
+                if step := self._engine.progress:
+                    self._steps.update(step.stage, step.done, step.total)
+                await asyncio.wait({ready, stop}, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
+            return None if stop.done() else ready.result()
+        finally:
+            ready.cancel()
+
+    async def _until_over(self, stop: asyncio.Task[bool], http: asyncio.Task[None]) -> None:
+        """Wait for the end. Raises EngineFailed if the engine has given up."""
+        while not (stop.done() or http.done()):
+            if self._engine.state is EngineState.FAILED:
+                raise EngineFailed(self._engine.message or "the engine has failed")
+            await asyncio.wait({stop, http}, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
+
+    def _url(self) -> str:
+        host, port = self._sock.getsockname()[:2]
+        return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"

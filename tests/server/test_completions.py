@@ -1,0 +1,145 @@
+"""`POST /v1/completions` over a fake engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from mixbit.engine.protocol import Generate, TokenLogprob, TokenLogprobs
+from mixbit.server.presets import FillInMiddle
+from mixbit.server.schema.completions import CreateCompletionResponse
+from openai.types import Completion
+
+from tests.fakes import FakeEngine, Reply, failure
+from tests.server.support import connect, error_of, events, served_model
+
+PATH = "/v1/completions"
+
+
+async def ask(engine: FakeEngine, **body: Any) -> Any:
+    async with connect(engine) as client:
+        response = await client.post(PATH, json=body)
+    assert response.status_code == 200, response.text
+    return events(response.text) if body.get("stream") else response.json()
+
+
+def _echoing(request: Generate) -> Reply:
+    prompt = request.prompt if isinstance(request.prompt, str) else "".join(map(chr, request.prompt))
+    return Reply([f"[{prompt}]"])
+
+
+async def test_whole_answer_is_what_the_sdk_expects() -> None:
+    engine = FakeEngine(Reply(["Hel", "lo"]))
+    parsed = Completion.model_validate(await ask(engine, prompt="abc"), strict=True)
+    assert parsed.id.startswith("cmpl-")
+    assert parsed.object == "text_completion"
+    assert parsed.choices[0].text == "Hello"
+    assert parsed.usage is not None
+    assert (parsed.usage.prompt_tokens, parsed.usage.completion_tokens) == (3, 2)
+    assert engine.requests[0].add_special_tokens
+    assert engine.requests[0].max_tokens == 16
+
+
+async def test_stream_joins_to_the_whole() -> None:
+    *chunks, usage, done = await ask(
+        FakeEngine(Reply(["Hel", "lo"])), prompt="abc", stream=True, stream_options={"include_usage": True}
+    )
+    assert done == "[DONE]"
+    for chunk in (*chunks, usage):
+        CreateCompletionResponse.model_validate(chunk, strict=True)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "Hello"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "stop"]
+    assert usage["choices"] == []
+    assert usage["usage"]["total_tokens"] == 5
+
+
+@pytest.mark.parametrize("prompt", [["ab", "c"], [[97, 98], [99]]])
+async def test_a_list_of_prompts_gives_choices_in_order(prompt: Any) -> None:
+    answer = await ask(FakeEngine(_echoing), prompt=prompt, n=2)
+    assert [choice["text"] for choice in answer["choices"]] == ["[ab]", "[ab]", "[c]", "[c]"]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert answer["usage"]["prompt_tokens"] == 3
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+async def test_tokens_are_one_prompt() -> None:
+    engine = FakeEngine(_echoing)
+    assert (await ask(engine, prompt=[97, 98]))["choices"][0]["text"] == "[ab]"
+    assert engine.requests[0].prompt == [97, 98]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["ab", [97, 98]])
+async def test_echo_begins_with_the_prompt(prompt: Any, stream: bool) -> None:
+    answer = await ask(FakeEngine(Reply(["c", "d"])), prompt=prompt, echo=True, stream=stream)
+    if stream:
+        assert "".join(chunk["choices"][0]["text"] for chunk in answer[:-1]) == "abcd"
+    else:
+        assert answer["choices"][0]["text"] == "abcd"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs_are_parallel_lists(stream: bool) -> None:
+    def token(text: str, value: float) -> TokenLogprob:
+        return TokenLogprob(token_id=1, text=text.encode(), logprob=value)
+
+    tokens = [
+        TokenLogprobs(token("ab", -0.5), [token("ab", -0.5), token("x", -1.0)]),
+        TokenLogprobs(token("c", -2.0), [token("y", -0.2)]),
+    ]
+    answer = await ask(FakeEngine(Reply(["ab", "c"], logprobs=tokens)), prompt="p", logprobs=1, stream=stream)
+    parts = [chunk["choices"][0]["logprobs"] for chunk in answer[:-1]] if stream else [answer["choices"][0]["logprobs"]]
+    joined = {
+        name: [v for part in parts if part for v in part[name]] for name in ("tokens", "text_offset", "top_logprobs")
+    }
+    assert joined["tokens"] == ["ab", "c"]
+    assert joined["text_offset"] == [0, 2]
+    assert joined["top_logprobs"] == [{"ab": -0.5, "x": -1.0}, {"y": -0.2, "c": -2.0}]
+
+
+async def test_suffix_is_filled_in_with_the_models_tokens() -> None:
+    engine = FakeEngine()
+    fim = FillInMiddle(prefix="<P>", suffix="<S>", middle="<M>")
+    async with connect(engine, served_model(fim=fim)) as client:
+        response = await client.post(PATH, json={"prompt": "def f(", "suffix": "): pass"})
+    assert response.status_code == 200
+    assert engine.requests[0].prompt == "<P>def f(<S>): pass<M>"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt[0]"),
+        ({"prompt": ["a", 5]}, "prompt[1]"),
+        ({"prompt": [-1]}, "prompt[0]"),
+        ({"prompt": [2**40]}, "prompt[0]"),
+        ({"prompt": ["x"] * 1000}, "prompt"),
+        ({"prompt": ["x"] * 20, "n": 20}, "n"),
+        ({"prompt": "x", "best_of": 2}, "best_of"),
+        ({"prompt": "x", "suffix": "y"}, "suffix"),
+        ({"prompt": "x", "echo": True, "logprobs": 1}, "echo"),
+        ({"prompt": "x", "logprobs": 1000}, "logprobs"),
+        ({"prompt": "x", "stream_options": {}}, "stream_options"),
+    ],
+)
+async def test_what_cannot_be_done_is_refused_by_name(body: dict[str, Any], param: str) -> None:
+    engine = FakeEngine()
+    async with connect(engine) as client:
+        response = await client.post(PATH, json=body)
+    assert response.status_code == 400, response.text
+    assert error_of(response)["param"] == param
+    assert not engine.requests
+
+
+async def test_one_failing_prompt_ends_the_stream_and_aborts_the_others() -> None:
+    engine = FakeEngine(lambda request: failure("internal_error") if request.prompt == "bad" else Reply(hang=True))
+    async with connect(engine) as client:
+        response = await client.post(PATH, json={"prompt": ["good", "bad"], "stream": True})
+    *_, error, done = events(response.text)
+    assert error["error"]["code"] == "internal_error"
+    assert done == "[DONE]"
+    assert not engine.running
