@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from gguf.constants import GGMLQuantizationType as Type
 
@@ -19,10 +17,11 @@ from mixbit.engine.convert.gguf_config import (
 from mixbit.engine.convert.gguf_file import GgufFile, read_gguf
 from mixbit.engine.convert.gguf_tensors import GROUP_SIZE, as_item, bits_of
 from mixbit.engine.convert.gguf_tokenizer import write_tokenizer
-from mixbit.engine.convert.output import new_model_directory, write_json
+from mixbit.engine.convert.output import check_loads, new_model_directory, write_json
+from mixbit.engine.convert.widths import Width, quantization_section
 from mixbit.engine.convert.writer import SHARD_BYTES, Item, Progress, write_model
 
-# Modules that a converter would quantize: where they are dense, the config says so.
+# Modules that are matrices: where they are dense, the config says so.
 _MATRICES = ("_proj", "embed_tokens", "lm_head", "mlp.gate")
 
 
@@ -38,7 +37,7 @@ def import_gguf(
     file = read_gguf(source)
     architecture = architecture_of(file)
     config = model_config(file, architecture)
-    if quantization := _quantization(file):
+    if quantization := quantization_section(_widths(file)):
         # Both names: transformers and older readers know the second one.
         config |= {"quantization": quantization, "quantization_config": quantization}
     config["torch_dtype"] = _dtype(file)
@@ -46,6 +45,7 @@ def import_gguf(
         write_tokenizer(file, directory, config)
         write_json(directory / "config.json", config)
         write_model(directory, _items(file), progress, shard_bytes)
+        check_loads(directory, out)
 
 
 def _items(file: GgufFile) -> list[Item]:
@@ -64,25 +64,17 @@ def _dtype(file: GgufFile) -> str:
     return {Type.F32: "float32", Type.BF16: "bfloat16"}.get(kind, "float16")
 
 
-def _quantization(file: GgufFile) -> dict[str, Any]:
-    """The config's `quantization`: the width that most matrices have, and the others by name."""
+def _widths(file: GgufFile) -> dict[str, Width | None]:
+    """Width of every matrix, by module."""
     architecture = architecture_of(file)
-    widths: dict[str, int | None] = {}
+    widths: dict[str, Width | None] = {}
     for name, tensor in file.tensors.items():
-        if name != ROPE_FREQS:
-            module, parameter = mlx_name(architecture, name)
-            if parameter == "weight" and module.endswith(_MATRICES):
-                widths[module] = bits_of(tensor)
-            elif bits_of(tensor) is not None:
-                raise ConvertError(f"{name}: type {tensor.type.name}; expected F32, F16 or BF16")
-    counts = Counter(bits for bits in widths.values() if bits is not None)
-    if not counts:
-        return {}
-    common = counts.most_common(1)[0][0]
-    quantization: dict[str, Any] = {"group_size": GROUP_SIZE, "bits": common, "mode": "affine"}
-    for module, bits in widths.items():
-        if bits is None:
-            quantization[module] = False
-        elif bits != common:
-            quantization[module] = {"group_size": GROUP_SIZE, "bits": bits}
-    return quantization
+        if name == ROPE_FREQS:
+            continue
+        bits = bits_of(tensor)
+        module, parameter = mlx_name(architecture, name)
+        if parameter == "weight" and module.endswith(_MATRICES):
+            widths[module] = None if bits is None else Width(bits, GROUP_SIZE)
+        elif bits is not None:
+            raise ConvertError(f"{name}: type {tensor.type.name}; expected F32, F16 or BF16")
+    return widths

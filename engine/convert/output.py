@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mixbit.engine.convert.errors import ConvertError
+from mixbit.engine.errors import CheckpointError
+from mixbit.engine.loader import load
 
 
 @contextmanager
@@ -36,6 +38,14 @@ def new_model_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
             temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_loads(directory: Path, out: Path) -> None:
+    """Raise ConvertError if what was written to `directory`, and is to become `out`, could not be served."""
+    try:
+        load(directory)
+    except CheckpointError as error:
+        raise ConvertError(f"the result cannot be loaded: {error}".replace(str(directory), str(out))) from None
 
 
 def _check_output(out: Path, force: bool) -> None:

@@ -170,7 +170,7 @@ def test_llama_q_bias_is_reordered_like_its_rows(tmp_path: Path) -> None:
     bias = np.arange(HEADS * HEAD_DIM, dtype=np.float32)
     kv_bias = np.arange(KV_HEADS * HEAD_DIM, dtype=np.float32)
     for layer in range(model.layers):
-        model.extra |= {f"blk.{layer}.attn_q.bias": bias, f"blk.{layer}.attn_k.bias": kv_bias}
+        model.extra |= {f"blk.{layer}.attn_{x}.bias": kv_bias if x in "kv" else bias for x in ("q", "k", "v", "output")}
     out = convert(model, tmp_path)
     tensors = tensors_of(out)
     np.testing.assert_array_equal(tensors["model.layers.1.self_attn.q_proj.bias"], half_split(bias, HEADS))

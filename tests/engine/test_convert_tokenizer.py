@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 import pytest
-import regex
+import regex  # type: ignore[import-untyped]
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
