@@ -39,7 +39,8 @@ def parse_rope(
     theta and partial_rotary_factor are the family's values where config.json has none; theta None: required.
     Raises CheckpointError for an unsupported type or values that do not make a rotation.
     """
-    parameters = config.section("rope_parameters") or config.section("rope_scaling") or Fields({}, config.source)
+    sections = (config.section("rope_parameters"), config.section("rope_scaling"))
+    parameters = next((section for section in sections if section and section.values), Fields({}, config.source))
     if any(isinstance(value, dict) for value in parameters.values.values()):
         raise CheckpointError(f"{parameters.source}: one rotation per kind of layer is not supported")
     config.require("rope_traditional", (False,))
@@ -55,7 +56,7 @@ def parse_rope(
         )
     field = "rope_type" if parameters.get("rope_type") is not None else "type"
     kind: Any = parameters.get(field) or "default"
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise parameters.error(field, f"{', '.join(_TYPES)}: nothing else is supported")
     inv_freq = base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
     length = config.integer("max_position_embeddings")
