@@ -1,3 +1,203 @@
+// The Python face of the native program: what kernels/cpu/backend.py calls.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
-NB_MODULE(_cpu, m) { m.doc() = "CPU kernels"; }
+#include "cores.h"
+#include "program.h"
+#include "weight.h"
+
+namespace nb = nanobind;
+
+namespace mixbit {
+namespace {
+
+using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using IntTable = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using NormArg = std::tuple<Floats, float>;                                // weight, eps
+using ColumnsArg = std::tuple<int, std::int64_t, std::int64_t>;           // value, offset, stride
+using MlpArg = std::tuple<const Weight*, const Weight*, const Weight*>;  // gate, up, down
+
+std::vector<float> vector(const Floats& array) { return {array.data(), array.data() + array.size()}; }
+std::span<const std::int32_t> span(const Ints& array) { return {array.data(), array.size()}; }
+
+Norm norm(const NormArg& arg) { return {vector(std::get<0>(arg)), std::get<1>(arg)}; }
+
+std::optional<Norm> norm(const std::optional<NormArg>& arg) {
+  return arg ? std::optional(norm(*arg)) : std::nullopt;
+}
+
+Columns columns(const Program& p, const ColumnsArg& arg) {
+  const auto& [value, offset, stride] = arg;
+  return {p.value(value), offset, stride};
+}
+
+MlpWeights mlp_weights(const MlpArg& arg) {
+  const auto& [gate, up, down] = arg;
+  return {gate->matrix(), up->matrix(), down->matrix()};
+}
+
+Isa isa_named(const std::string& wanted) {
+  std::string known;
+  for (Isa isa : all_isas) {
+    if (!supported(isa)) continue;
+    if (wanted == name(isa)) return isa;
+    known += (known.empty() ? "" : ", ") + std::string(name(isa));
+  }
+  throw std::invalid_argument("instruction set '" + wanted + "' cannot run here; this machine and build run: " + known);
+}
+
+void embed(Program& p, const Weight& table, int out) {
+  p.uses_vocabulary(table.matrix().rows);
+  p.add("embed", make_embed(p.context(), table.matrix(), p.value(out)), {}, {out});
+}
+
+void rms_norm(Program& p, int x, const NormArg& weight, int out) {
+  p.add("rms_norm", make_rms_norm(p.context(), p.value(x), norm(weight), p.value(out)), {x}, {out});
+}
+
+void add_norm(Program& p, int x, int delta, const NormArg& weight, int total, int out) {
+  auto op = make_add_norm(p.context(), p.value(x), p.value(delta), norm(weight), p.value(total), p.value(out));
+  p.add("add_norm", std::move(op), {x, delta}, {total, out});
+}
+
+void batch_matvec(Program& p, int x, const std::vector<std::tuple<const Weight*, std::optional<Floats>>>& specs,
+                  const std::vector<int>& outs) {
+  std::vector<Linear> parts;
+  for (const auto& [weight, bias] : specs) {
+    parts.push_back({weight->matrix(), bias ? vector(*bias) : std::vector<float>()});
+  }
+  std::vector<Value> values;
+  for (int out : outs) values.push_back(p.value(out));
+  p.add("batch_matvec", make_batch_matvec(p.context(), p.value(x), std::move(parts), std::move(values)), {x}, outs);
+}
+
+void mlp(Program& p, int x, const MlpArg& weights, int out) {
+  p.add("mlp", make_mlp(p.context(), p.value(x), mlp_weights(weights), p.value(out)), {x}, {out});
+}
+
+void moe(Program& p, int x, const Weight& router, const MlpArg& experts, std::int64_t top_k, bool normalize,
+         const std::optional<MlpArg>& shared, const Weight* shared_gate, int out) {
+  MoeWeights weights{router.matrix(), mlp_weights(experts), top_k, normalize, std::nullopt, std::nullopt};
+  if (shared) weights.shared = mlp_weights(*shared);
+  if (shared_gate) weights.shared_gate = shared_gate->matrix();
+  p.add("moe", make_moe(p.context(), p.value(x), weights, p.value(out)), {x}, {out});
+}
+
+void attention(Program& p, const ColumnsArg& q, const ColumnsArg& k, const ColumnsArg& v,
+               const std::optional<ColumnsArg>& gate, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
+               float scale, std::optional<int> rope, const std::optional<NormArg>& q_norm,
+               const std::optional<NormArg>& k_norm, int out) {
+  AttentionSpec spec{heads, kv_heads, head_dim, scale, rope ? p.rope(*rope) : nullptr, norm(q_norm), norm(k_norm)};
+  std::vector<int> inputs{std::get<0>(q), std::get<0>(k), std::get<0>(v)};
+  std::optional<Columns> gate_columns;
+  if (gate) {
+    gate_columns = columns(p, *gate);
+    inputs.push_back(std::get<0>(*gate));
+  }
+  p.uses_blocks();
+  auto op = make_attention(p.context(), columns(p, q), columns(p, k), columns(p, v), gate_columns, std::move(spec),
+                           p.value(out), p.cache_bytes());
+  p.add("attention", std::move(op), std::move(inputs), {out});
+}
+
+void gated_delta(Program& p, const std::vector<ColumnsArg>& in, std::int64_t key_heads, std::int64_t value_heads,
+                 std::int64_t key_dim, std::int64_t value_dim, const Floats& conv, const Floats& a_log,
+                 const Floats& dt_bias, const NormArg& weight, int out) {
+  if (in.size() != 6 || conv.ndim() != 2) throw std::invalid_argument("gated_delta: six inputs, conv of two dimensions");
+  std::vector<int> inputs;
+  for (const ColumnsArg& c : in) inputs.push_back(std::get<0>(c));
+  GatedDeltaInputs from{columns(p, in[0]), columns(p, in[1]), columns(p, in[2]),
+                        columns(p, in[3]), columns(p, in[4]), columns(p, in[5])};
+  GatedDeltaSpec spec{key_heads,    value_heads,   key_dim,         value_dim,   static_cast<std::int64_t>(conv.shape(1)),
+                      vector(conv), vector(a_log), vector(dt_bias), norm(weight)};
+  p.uses_state();
+  auto op = make_gated_delta(p.context(), from, std::move(spec), p.value(out), p.cache_bytes());
+  p.add("gated_delta", std::move(op), std::move(inputs), {out});
+}
+
+nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Program& p, const Ints& tokens, const Ints& query_starts,
+                                               const Ints& context_lengths, const IntTable& block_tables,
+                                               const Ints& state_slots, const Ints& logit_rows) {
+  const std::size_t rows = logit_rows.size(), cols = static_cast<std::size_t>(p.vocabulary());
+  std::unique_ptr<float[]> logits(new float[rows * cols]);
+  const Batch batch{span(tokens),
+                    span(query_starts),
+                    span(context_lengths),
+                    {block_tables.data(), block_tables.size()},
+                    static_cast<std::int64_t>(block_tables.shape(1)),
+                    span(state_slots),
+                    span(logit_rows)};
+  {
+    nb::gil_scoped_release unlocked;
+    p.run(batch, logits.get());
+  }
+  float* data = logits.release();
+  nb::capsule owner(data, [](void* memory) noexcept { delete[] static_cast<float*>(memory); });
+  return {data, {rows, cols}, owner};
+}
+
+}  // namespace
+}  // namespace mixbit
+
+NB_MODULE(_cpu, m) {
+  using namespace mixbit;
+  m.doc() = "The op table on CPUs: a native program, recorded by backend.py and run in one call a step.";
+
+  m.def("usable_cores", &usable_cores);
+  m.def("best_isa", [] { return std::string(name(best_isa())); });
+  m.def("supported_isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : all_isas) {
+      if (supported(isa)) names.emplace_back(name(isa));
+    }
+    return names;
+  });
+
+  nb::enum_<DType>(m, "DType").value("f32", DType::f32).value("f16", DType::f16).value("bf16", DType::bf16);
+
+  nb::class_<Weight>(m, "Weight")
+      .def(nb::init<nb::handle, nb::object, nb::object, DType, int, int, std::int64_t, std::int64_t, std::int64_t>(),
+           nb::arg("weight"), nb::arg("scales").none(), nb::arg("biases").none(), nb::arg("dtype"), nb::arg("bits"),
+           nb::arg("group_size"), nb::arg("experts"), nb::arg("rows"), nb::arg("cols"));
+
+  nb::class_<Program>(m, "Program")
+      .def(
+          "__init__",
+          [](Program* self, std::int64_t max_tokens, std::int64_t blocks, std::int64_t block_size,
+             std::int64_t state_slots, int threads, const std::string& isa, bool profile) {
+            new (self) Program({max_tokens, blocks, block_size, state_slots}, threads, isa_named(isa), profile);
+          },
+          nb::kw_only(), nb::arg("max_tokens"), nb::arg("blocks"), nb::arg("block_size"), nb::arg("state_slots"),
+          nb::arg("threads"), nb::arg("isa"), nb::arg("profile"))
+      .def("value",
+           [](Program& p, std::int64_t dim, bool selected) { p.add_value(dim, selected ? Rows::selected : Rows::tokens); })
+      .def("rope", [](Program& p, const Floats& inv_freq, float scale) { p.add_rope(vector(inv_freq), scale); })
+      .def("embed", &embed)
+      .def("select_rows",
+           [](Program& p, int x, int out) {
+             p.add("select_rows", make_select_rows(p.context(), p.value(x), p.value(out)), {x}, {out});
+           })
+      .def("rms_norm", &rms_norm)
+      .def("add_norm", &add_norm)
+      .def("batch_matvec", &batch_matvec)
+      .def("mlp", &mlp)
+      .def("moe", &moe, nb::arg(), nb::arg(), nb::arg(), nb::kw_only(), nb::arg("top_k"), nb::arg("normalize"),
+           nb::arg("shared").none(), nb::arg("shared_gate").none(), nb::arg("out"))
+      .def("attention", &attention, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::kw_only(), nb::arg("heads"),
+           nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("rope").none(),
+           nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("out"))
+      .def("gated_delta", &gated_delta, nb::arg(), nb::kw_only(), nb::arg("key_heads"), nb::arg("value_heads"),
+           nb::arg("key_dim"), nb::arg("value_dim"), nb::arg("conv"), nb::arg("a_log"), nb::arg("dt_bias"),
+           nb::arg("norm"), nb::arg("out"))
+      .def("finish", &Program::finish)
+      .def("run", &run)
+      .def("seconds", &Program::seconds)
+      .def_prop_ro("threads", [](Program& p) { return p.context().machine.pool.size(); })
+      .def_prop_ro("cache_bytes", [](Program& p) { return p.cache_bytes(); });
+}

@@ -1,0 +1,116 @@
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_Floats = npt.NDArray[np.float32]
+_Ints = npt.NDArray[np.int32]
+_Norm = tuple[_Floats, float]
+_Columns = tuple[int, int, int]
+_Mlp = tuple[Weight, Weight, Weight]
+
+def usable_cores() -> int: ...
+def best_isa() -> str: ...
+def supported_isas() -> list[str]: ...
+
+class DType(Enum):
+    f32 = 0
+    f16 = 1
+    bf16 = 2
+
+class Weight:
+    def __init__(
+        self,
+        weight: npt.NDArray[Any],
+        scales: npt.NDArray[Any] | None,
+        biases: npt.NDArray[Any] | None,
+        dtype: DType,
+        bits: int,
+        group_size: int,
+        experts: int,
+        rows: int,
+        cols: int,
+    ) -> None: ...
+
+class Program:
+    def __init__(
+        self,
+        *,
+        max_tokens: int,
+        blocks: int,
+        block_size: int,
+        state_slots: int,
+        threads: int,
+        isa: str,
+        profile: bool,
+    ) -> None: ...
+    def value(self, dim: int, selected: bool, /) -> None: ...
+    def rope(self, inv_freq: _Floats, scale: float, /) -> None: ...
+    def embed(self, table: Weight, out: int, /) -> None: ...
+    def select_rows(self, x: int, out: int, /) -> None: ...
+    def rms_norm(self, x: int, norm: _Norm, out: int, /) -> None: ...
+    def add_norm(self, x: int, delta: int, norm: _Norm, total: int, out: int, /) -> None: ...
+    def batch_matvec(self, x: int, specs: list[tuple[Weight, _Floats | None]], outs: list[int], /) -> None: ...
+    def mlp(self, x: int, weights: _Mlp, out: int, /) -> None: ...
+    def moe(
+        self,
+        x: int,
+        router: Weight,
+        experts: _Mlp,
+        /,
+        *,
+        top_k: int,
+        normalize: bool,
+        shared: _Mlp | None,
+        shared_gate: Weight | None,
+        out: int,
+    ) -> None: ...
+    def attention(
+        self,
+        q: _Columns,
+        k: _Columns,
+        v: _Columns,
+        gate: _Columns | None,
+        /,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        rope: int | None,
+        q_norm: _Norm | None,
+        k_norm: _Norm | None,
+        out: int,
+    ) -> None: ...
+    def gated_delta(
+        self,
+        inputs: list[_Columns],
+        /,
+        *,
+        key_heads: int,
+        value_heads: int,
+        key_dim: int,
+        value_dim: int,
+        conv: _Floats,
+        a_log: _Floats,
+        dt_bias: _Floats,
+        norm: _Norm,
+        out: int,
+    ) -> None: ...
+    def finish(self, logits: int, /) -> None: ...
+    def run(
+        self,
+        tokens: _Ints,
+        query_starts: _Ints,
+        context_lengths: _Ints,
+        block_tables: _Ints,
+        state_slots: _Ints,
+        logit_rows: _Ints,
+        /,
+    ) -> _Floats: ...
+    def seconds(self) -> dict[str, float]: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def cache_bytes(self) -> int: ...

@@ -1,0 +1,93 @@
+"""The CPU backend: a program is recorded once into native code, and a step is one native call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from mixbit.kernels import ops
+from mixbit.kernels.executor import Batch, CacheConfig, ExecutorOptions
+
+if TYPE_CHECKING:
+    from mixbit.kernels.cpu import _cpu
+
+_NAMES = {"portable": "portable code", "avx2": "AVX2", "avx512": "AVX-512 VNNI", "neon": "NEON"}
+
+
+class CpuBackend:
+    """Runs programs on the CPU, in float32, from weights that stay where they are mapped."""
+
+    name = "cpu"
+
+    def unavailable(self) -> str | None:
+        """None if the native module was built for this machine."""
+        try:
+            from mixbit.kernels.cpu import _cpu  # noqa: F401
+        except ImportError as error:
+            return f"the native module cannot be imported: {error}"
+        return None
+
+    def describe(self) -> str:
+        """Best instruction set and number of cores: "AVX2, 2 threads"."""
+        from mixbit.kernels.cpu import _cpu
+
+        threads = _cpu.usable_cores()
+        return f"{_NAMES[_cpu.best_isa()]}, {threads} thread{'s' if threads != 1 else ''}"
+
+    def compile(self, program: ops.Program, cache: CacheConfig, options: ExecutorOptions) -> CpuExecutor:
+        """Record the program natively and allocate its pools; quantized weights and matrices are not copied.
+
+        Raises ValueError for an instruction set that this machine cannot run (the message names those that it
+        can), for a dtype other than float32, and where shapes of the program contradict each other.
+        """
+        from mixbit.kernels.cpu import _cpu
+        from mixbit.kernels.cpu.recorder import record
+
+        if options.dtype not in (None, "float32"):
+            raise ValueError(f"the CPU backend computes in float32, not {options.dtype}")
+        native = _cpu.Program(
+            max_tokens=options.max_tokens,
+            blocks=cache.blocks,
+            block_size=cache.block_size,
+            state_slots=cache.state_slots,
+            threads=options.threads,
+            isa=options.isa or _cpu.best_isa(),
+            profile=options.profile,
+        )
+        return CpuExecutor(native, record(program, native))
+
+
+class CpuExecutor:
+    """A native program, and the weights that it points into."""
+
+    def __init__(self, native: _cpu.Program, weights: tuple[_cpu.Weight, ...]) -> None:
+        self._native = native
+        self._weights = weights
+
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Logits [selected, vocab]. ValueError, with nothing changed, for a batch that contradicts itself."""
+        return self._native.run(
+            batch.tokens,
+            batch.query_starts,
+            batch.context_lengths,
+            batch.block_tables,
+            batch.state_slots,
+            batch.logit_rows,
+        )
+
+    def phase_seconds(self) -> Mapping[str, float]:
+        """Seconds by kind of node; empty unless profiling."""
+        return self._native.seconds()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV and state pools."""
+        return self._native.cache_bytes
+
+    @property
+    def threads(self) -> int:
+        """Threads that share a step."""
+        return self._native.threads

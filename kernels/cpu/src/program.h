@@ -1,0 +1,81 @@
+// A recorded step: ops in order, and memory for the values between them.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace mixbit {
+
+// One step's input as it comes: see Batch in kernels/executor.py.
+struct Batch {
+  std::span<const std::int32_t> tokens, query_starts, context_lengths;
+  std::span<const std::int32_t> block_tables;  // [sequences, table_width]
+  std::int64_t table_width;
+  std::span<const std::int32_t> state_slots, logit_rows;
+};
+
+class Program {
+ public:
+  Program(const Limits& limits, int threads, Isa isa, bool profile)
+      : context_(limits, threads, isa), profile_(profile) {}
+
+  Context& context() { return context_; }
+
+  // Values and ropes are named by the order in which they are added.
+  void add_value(std::int64_t dim, Rows rows);
+  void add_rope(std::vector<float> inv_freq, float scale);
+  Value value(int index) const { return values_.at(static_cast<std::size_t>(index)); }
+  const Rope* rope(int index) const { return ropes_.at(static_cast<std::size_t>(index)).get(); }
+
+  // inputs, outputs: the values it reads and writes, for the plan of memory. kind: its name in profiles.
+  void add(const char* kind, std::unique_ptr<Op> op, std::vector<int> inputs, std::vector<int> outputs);
+
+  // Bounds that batches are checked against.
+  void uses_vocabulary(std::int64_t size);
+  void uses_blocks() { has_attention_ = true; }
+  void uses_state() { has_state_ = true; }
+  std::int64_t& cache_bytes() { return cache_bytes_; }
+
+  // Ends recording: values whose lives do not overlap share memory. `logits` is written to the caller's.
+  void finish(int logits);
+
+  std::int64_t vocabulary() const { return value(logits_).dim; }
+
+  // logits: [selected, vocabulary]. Throws std::invalid_argument, before anything is touched, if the batch
+  // contradicts itself or the pools.
+  void run(const Batch& batch, float* logits);
+
+  const std::map<std::string, double>& seconds() const { return seconds_; }
+
+ private:
+  struct Node {
+    const char* kind;
+    std::unique_ptr<Op> op;
+    std::vector<int> inputs, outputs;
+  };
+
+  void check(const Batch& batch) const;
+  void check_sequence(const Batch& batch, std::size_t s) const;
+  Step begin_step(const Batch& batch, float* logits);
+
+  Context context_;
+  bool profile_;
+  bool has_attention_ = false, has_state_ = false;
+  std::int64_t token_limit_ = INT32_MAX, cache_bytes_ = 0;
+  std::vector<Value> values_;
+  std::vector<std::unique_ptr<Rope>> ropes_;
+  std::vector<Node> nodes_;
+  int logits_ = -1;
+  std::vector<Buffer<float>> memory_;
+  std::vector<int> place_;  // of each value in memory_
+  std::vector<std::int32_t> positions_, blocks_;
+  std::map<std::string, double> seconds_;
+};
+
+}  // namespace mixbit

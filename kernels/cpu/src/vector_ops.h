@@ -1,0 +1,83 @@
+// The float32 work between the matrices, as one table of functions for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace mixbit {
+
+// Rows of padded buffers are multiples of this many floats, the widest vector of any instruction set.
+constexpr std::int64_t lane_pad = 16;
+constexpr std::int64_t padded(std::int64_t n) { return (n + lane_pad - 1) / lane_pad * lane_pad; }
+
+// A run of keys for a tile of queries of one KV head. Within a block keys are [head_dim, key_stride] (so
+// that scores of neighbouring keys are one vector) and values [block_size, value_stride]; strides are padded.
+template <typename Storage>
+struct AttentionTile {
+  const float* q;  // [rows, head_dim], times the scale; rows are (token, query head of the group)
+  std::int64_t rows, head_dim, value_stride;
+  std::int64_t group;    // query heads of a KV head
+  std::int64_t visible;  // keys that the first token sees, counted from position 0; the next one sees one more
+  const Storage* keys;   // of this KV head; block b starts at b * key_block_stride
+  const Storage* values;
+  std::int64_t key_block_stride, value_block_stride;
+  const std::int32_t* blocks;  // of the sequence, from position 0
+  std::int64_t block_size, key_stride, blocks_per_pass;
+  std::int64_t begin, end;  // positions of the run; begin is a multiple of block_size
+  float* scores;            // scratch [rows, blocks_per_pass * key_stride]
+  float* out;               // [rows, value_stride]: sum of exp(score - peak) * value
+  float* peak;              // [rows]: largest score
+  float* total;             // [rows]: sum of exp(score - peak); 0 where a row sees none of these keys
+};
+
+// One head of the gated delta rule over `tokens` tokens.
+struct DeltaRun {
+  float* state;  // [key_dim, value_stride], updated
+  const float* q;  // [tokens, key_stride]
+  const float* k;
+  std::int64_t key_dim, key_stride;
+  const float* v;  // [tokens, v_stride]
+  std::int64_t value_stride, v_stride;
+  const float* decay;  // [tokens]
+  const float* beta;
+  std::int64_t tokens;
+  float* out;  // [tokens, out_stride]; value_stride values each
+  std::int64_t out_stride;
+};
+
+// Nothing is aligned beyond 4 bytes, and n is any number, unless said otherwise.
+struct VectorOps {
+  // y = x / sqrt(mean(x^2) + eps) * factor, times weight unless it is null. y may be x.
+  void (*rms_norm)(const float* x, const float* weight, float eps, float factor, std::int64_t n, float* y);
+  void (*add)(const float* a, const float* b, std::int64_t n, float* y);
+  // y += a * x
+  void (*axpy)(float a, const float* x, std::int64_t n, float* y);
+  void (*scale)(float a, std::int64_t n, float* y);
+  // y = silu(gate) * up. y may be either.
+  void (*silu_mul)(const float* gate, const float* up, std::int64_t n, float* y);
+  // y = x * factor * sigmoid(gate)
+  void (*sigmoid_mul)(const float* gate, const float* x, float factor, std::int64_t n, float* y);
+  // y = e^(x - max x); returns the sum. y may be x.
+  float (*softmax)(const float* x, std::int64_t n, float* y);
+  // y = silu(sum of weights[j * stride + i] * inputs[j][i] over taps j)
+  void (*conv_silu)(const float* const* inputs, const float* weights, std::int64_t stride, std::int64_t taps,
+                    std::int64_t n, float* y);
+  // Rotates the pairs (i, i + half) of x in place.
+  void (*rotate)(const float* cos, const float* sin, std::int64_t half, float* x);
+  void (*attend)(const AttentionTile<float>& tile);
+  void (*delta)(const DeltaRun& run);
+};
+
+extern const VectorOps portable_vector_ops;
+#if defined(__x86_64__)
+extern const VectorOps avx2_vector_ops;
+extern const VectorOps avx512_vector_ops;
+#elif defined(__aarch64__)
+extern const VectorOps neon_vector_ops;
+#endif
+
+// The table of a supported instruction set.
+const VectorOps& vector_ops(Isa isa);
+
+}  // namespace mixbit

@@ -1,0 +1,3 @@
+#include "vector_kernels.h"
+
+const mixbit::VectorOps mixbit::portable_vector_ops = mixbit::table;

@@ -1,0 +1,44 @@
+// Scratch memory that ops take turns to use: what one op leaves there means nothing to the next.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <utility>
+
+#include "buffer.h"
+#include "matmul.h"
+
+namespace mixbit {
+
+class Workspace {
+ public:
+  explicit Workspace(int threads) : threads_(threads) {}
+
+  // Inputs of matrices: one object for each shape, shared by the ops that need that shape.
+  Activations& activations(std::int64_t rows, std::int64_t dim) {
+    auto& slot = activations_[{rows, dim}];
+    if (!slot) slot = std::make_unique<Activations>(rows, dim);
+    return *slot;
+  }
+
+  // Asks, at compile time, for floats that all threads see and for floats of each thread's own.
+  void reserve(std::int64_t shared, std::int64_t each_thread) {
+    shared_.reserve(shared);
+    each_ = std::max(each_, (each_thread + 15) / 16 * 16);
+    own_.reserve(each_ * threads_);
+  }
+
+  float* shared() const { return shared_.data(); }
+  float* own(int thread) const { return own_.data() + thread * each_; }
+
+ private:
+  int threads_;
+  std::int64_t each_ = 0;
+  Buffer<float> shared_;
+  Buffer<float> own_;
+  std::map<std::pair<std::int64_t, std::int64_t>, std::unique_ptr<Activations>> activations_;
+};
+
+}  // namespace mixbit
