@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 import httpx
+
 from mixbit.server.app import create_app
 from mixbit.server.model import ServedModel
 from mixbit.server.presets import FillInMiddle, SamplingDefaults
 from mixbit.server.settings import LOOPBACK_HOSTS, Access
 from mixbit.server.templates import ChatTemplate
-
 from tests.fakes import FakeEngine
 
 TEMPLATE = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from mixbit.engine.protocol import Generate, TokenLogprob, TokenLogprobs
-from mixbit.server.presets import SamplingDefaults
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from mixbit.engine.protocol import Generate, TokenLogprob, TokenLogprobs
+from mixbit.server.presets import SamplingDefaults
 from tests.fakes import FakeEngine, Reply, failure, refusal
 from tests.server.support import HELLO, connect, error_of, events, served_model
 
@@ -171,11 +171,36 @@ async def test_every_field_reaches_the_engine() -> None:
 
 
 async def test_null_means_default_for_every_optional_field() -> None:
-    names = (
-        "model stream stream_options n stop seed temperature top_p max_tokens max_completion_tokens presence_penalty "
-        "frequency_penalty logit_bias user top_k min_p repetition_penalty ignore_eos logprobs top_logprobs tools "
-        "tool_choice parallel_tool_calls response_format reasoning_effort chat_template_kwargs functions modalities"
-    ).split()
+    names = [
+        "model",
+        "stream",
+        "stream_options",
+        "n",
+        "stop",
+        "seed",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "max_completion_tokens",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "user",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "ignore_eos",
+        "logprobs",
+        "top_logprobs",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "response_format",
+        "reasoning_effort",
+        "chat_template_kwargs",
+        "functions",
+        "modalities",
+    ]
     engine = FakeEngine()
     plain = await ask(engine)
     nulls = await ask(engine, **dict.fromkeys(names))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from openai.types import Completion
+
 from mixbit.engine.protocol import Generate, TokenLogprob, TokenLogprobs
 from mixbit.server.presets import FillInMiddle
 from mixbit.server.schema.completions import CreateCompletionResponse
-from openai.types import Completion
-
 from tests.fakes import FakeEngine, Reply, failure
 from tests.server.support import connect, error_of, events, served_model
 
