@@ -11,111 +11,275 @@ Everything here runs on one event loop. Nothing here imports the model code: the
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from enum import StrEnum
-from typing import Protocol
+import asyncio
+import itertools
+import logging
+from dataclasses import dataclass
 
-from mixbit.engine.errors import UserError
-from mixbit.engine.protocol import Delta, ErrorCode, Finished, Generate, Progress, Ready
+import msgspec
+
+from mixbit.engine.config import EngineConfig
+from mixbit.engine.interface import (
+    Completion,
+    Engine,
+    EngineFailed,
+    EngineState,
+    RequestError,
+    RequestFailed,
+    RequestRefused,
+)
+from mixbit.engine.process import WorkerProcess
+from mixbit.engine.protocol import (
+    Abort,
+    Accepted,
+    Delta,
+    Detokenize,
+    Detokenized,
+    Failed,
+    Finished,
+    FromWorker,
+    Generate,
+    LoadFailed,
+    Progress,
+    Ready,
+    Refused,
+    Tokenize,
+    Tokenized,
+)
+from mixbit.engine.stream import Stream
+from mixbit.engine.transport import ProtocolError
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineClient",
+    "EngineFailed",
+    "EngineState",
+    "RequestError",
+    "RequestFailed",
+    "RequestRefused",
+    "RestartPolicy",
+]
+
+log = logging.getLogger("mixbit.engine")
+
+Answer = Accepted | Refused | Tokenized | Detokenized
 
 
-class EngineState(StrEnum):
-    """What the engine is doing. Requests are taken in READY alone."""
+@dataclass(frozen=True)
+class RestartPolicy:
+    """When a dead worker is started again. Seconds.
 
-    STARTING = "starting"  # the worker process is coming up
-    LOADING = "loading"  # it loads the model: see `progress`
-    READY = "ready"
-    RESTARTING = "restarting"  # it died and is started again: see `message`
-    FAILED = "failed"  # it will not be started again: see `message`
-    CLOSED = "closed"
-
-
-class RequestError(Exception):
-    """A request that did not run to its end. `param` names the field at fault, where there is one."""
-
-    def __init__(self, code: ErrorCode, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.param = param
-
-
-class RequestRefused(RequestError):  # noqa: N818
-    """Raised by `generate`, `tokenize` and `detokenize` before anything has streamed."""
-
-
-class RequestFailed(RequestError):  # noqa: N818
-    """Raised while iterating over a completion: the stream has begun and ends here."""
-
-
-class EngineFailed(UserError):  # noqa: N818
-    """The engine cannot be used: the model cannot be loaded, or the worker keeps dying."""
-
-
-class Completion(Protocol):
-    """One running request: an async iterator and an async context manager.
-
-    Yields Deltas and, last, one Finished. Deltas that arrive while nobody reads are joined, so a slow
-    reader costs the memory of its text and no more. Raises RequestFailed if the request or the worker
-    dies. Leaving the context (or `aclose`) before the end aborts the request; afterwards it does nothing.
+    The wait doubles from `first` to `longest`. After `attempts` deaths in a row, each before the worker was
+    ready for `stable`, the engine gives up.
     """
 
-    @property
-    def request_id(self) -> str:
-        """The id given in Generate."""
+    first: float = 0.1
+    longest: float = 30.0
+    stable: float = 10.0
+    attempts: int = 5
+
+    def delay(self, deaths: int) -> float:
+        """Seconds to wait after that many deaths in a row."""
+        return min(self.longest, self.first * 2.0 ** (deaths - 1))
+
+
+class EngineClient:
+    """The `Engine` that runs in a worker process."""
+
+    def __init__(self, config: EngineConfig, *, restart: RestartPolicy | None = None, grace: float = 5.0) -> None:
+        self._config = config
+        self._restart = restart or RestartPolicy()
+        self._grace = grace  # seconds for the worker to end by itself
+        self._worker: WorkerProcess | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()  # READY, FAILED or CLOSED
+        self._answers: dict[str, asyncio.Future[Answer]] = {}
+        self._streams: dict[str, Stream] = {}
+        self._numbers = itertools.count()
+        self._ready_at: float | None = None
+        self.state = EngineState.STARTING
+        self.progress: Progress | None = None
+        self.ready: Ready | None = None
+        self.message: str | None = None
 
     @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt, known before the first delta."""
+    def pid(self) -> int | None:
+        """The worker's process id, while there is one."""
+        return None if self._worker is None else self._worker.process.pid
 
-    def __aiter__(self) -> AsyncIterator[Delta | Finished]: ...
+    async def __aenter__(self) -> EngineClient:
+        await self.start()
+        return self
 
-    async def __aenter__(self) -> Completion: ...
-
-    async def __aexit__(self, *exc_info: object) -> None: ...
-
-    async def aclose(self) -> None:
-        """Abort the request if it still runs. Never raises; may be called twice."""
-
-
-class Engine(Protocol):
-    """What the server needs of an engine. `EngineClient` is the real one, `tests.fakes.FakeEngine` the other."""
-
-    @property
-    def state(self) -> EngineState:
-        """What the engine is doing now."""
-
-    @property
-    def progress(self) -> Progress | None:
-        """How far the loading is, while LOADING."""
-
-    @property
-    def ready(self) -> Ready | None:
-        """What the worker said of the model: context length, vocabulary, backend, bytes. None unless READY."""
-
-    @property
-    def message(self) -> str | None:
-        """Why the state is RESTARTING or FAILED, for people."""
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
 
     async def start(self) -> None:
         """Start the worker and return at once; the state tells the rest."""
+        if self._supervisor is None:
+            self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
 
     async def wait_ready(self) -> Ready:
-        """Wait until the model is loaded. Raises EngineFailed if it cannot be, or if the engine is closed."""
+        """See Engine."""
+        await self._settled.wait()
+        if self.ready is None:
+            raise EngineFailed(self.message or f"the engine is {self.state}")
+        return self.ready
 
     async def generate(self, request: Generate) -> Completion:
-        """Submit a request and wait until its prompt is tokenized and within the limits.
-
-        `request.request_id` is unique among the running ones. Raises RequestRefused: "not_ready" if the
-        state is not READY, "context_length_exceeded", "invalid_value", "queue_full",
-        "insufficient_memory", "worker_died". Cancelling this call aborts the request.
-        """
+        """See Engine. Raises ValueError if the id is that of a running request."""
+        if request.request_id in self._streams:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        stream = Stream(request.request_id, self.abort)
+        self._streams[request.request_id] = stream
+        try:
+            answer = await self._ask(request, param="prompt")
+        except RequestRefused:
+            self._streams.pop(request.request_id, None)
+            raise
+        except BaseException:
+            self.abort(request.request_id)
+            raise
+        assert isinstance(answer, Accepted)
+        stream.prompt_tokens = answer.prompt_tokens
+        return stream
 
     async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Tokens of a text; special tokens in it are parsed. Raises RequestRefused."""
+        """See Engine."""
+        request_id = f"client:{next(self._numbers)}"
+        message = Tokenize(request_id=request_id, text=text, add_special_tokens=add_special_tokens)
+        answer = await self._ask(message, param="text")
+        assert isinstance(answer, Tokenized)
+        return answer.tokens
 
     async def detokenize(self, tokens: list[int]) -> str:
-        """Text of tokens, special tokens included. Raises RequestRefused if one is out of range."""
+        """See Engine."""
+        message = Detokenize(request_id=f"client:{next(self._numbers)}", tokens=tokens)
+        answer = await self._ask(message, param="tokens")
+        assert isinstance(answer, Detokenized)
+        return answer.text
 
     async def close(self) -> None:
-        """End the worker: asked first, killed after a grace period. Streams in flight fail."""
+        """See Engine."""
+        self._enter(EngineState.CLOSED, "the engine has been closed")
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and tell the worker to drop it. Unknown ids are ignored."""
+        if self._streams.pop(request_id, None) is not None and self._worker is not None:
+            self._worker.send(Abort(request_id=request_id))
+
+    async def _ask(self, message: Generate | Tokenize | Detokenize, param: str) -> Answer:
+        """Send a message and wait for its answer. Raises RequestRefused."""
+        worker = self._worker
+        if self.state is not EngineState.READY or worker is None:
+            raise RequestRefused("not_ready", self.message or f"the engine is {self.state}")
+        future = asyncio.get_running_loop().create_future()
+        self._answers[message.request_id] = future
+        try:
+            worker.send(message)
+            await worker.drain()
+            answer: Answer = await future
+        except UnicodeEncodeError:
+            raise RequestRefused("invalid_value", "the text holds half of a surrogate pair", param) from None
+        except (OverflowError, msgspec.MsgspecError) as error:
+            raise RequestRefused("invalid_value", f"a value cannot be sent to the engine: {error}", param) from None
+        finally:
+            del self._answers[message.request_id]
+        if isinstance(answer, Refused):
+            raise RequestRefused(answer.code, answer.message, answer.param)
+        return answer
+
+    # --- the life of the worker ---
+
+    def _enter(self, state: EngineState, message: str | None = None) -> None:
+        self.state, self.message = state, message
+        if state is not EngineState.READY:
+            self.ready = None
+        if state in {EngineState.READY, EngineState.FAILED, EngineState.CLOSED}:
+            self.progress = None
+            self._settled.set()
+        else:
+            self._settled.clear()
+
+    async def _supervise(self) -> None:
+        """Run workers, one after another, until one says that the model cannot be loaded, or too many die."""
+        deaths = 0
+        clock = asyncio.get_running_loop().time
+        while True:
+            self._ready_at = None
+            ending = await self._run_worker()
+            if self.state is EngineState.FAILED:
+                return
+            lasted = 0.0 if self._ready_at is None else clock() - self._ready_at
+            deaths = 1 if lasted >= self._restart.stable else deaths + 1
+            message = f"the engine worker {ending}"
+            if deaths > self._restart.attempts:
+                self._enter(EngineState.FAILED, f"{message}; it died {deaths} times in a row and is not started again")
+                log.error("%s", self.message)
+                return
+            self._enter(EngineState.RESTARTING, f"{message}; it is being started again")
+            log.error("%s", self.message)
+            await asyncio.sleep(self._restart.delay(deaths))
+
+    async def _run_worker(self) -> str:
+        """Start a worker and receive until it ends; returns how it ended. All its requests fail then."""
+        try:
+            worker = await WorkerProcess.start(self._config)
+        except OSError as error:
+            return f"could not be started: {error}"
+        self._worker = worker
+        grace = self._grace
+        try:
+            while (message := await worker.read()) is not None:
+                self._receive(message)
+            self._fail_requests()  # at once: how the worker ended may take a moment to learn
+        except ProtocolError as error:
+            log.error("%s", error)
+            grace = 0.0
+        finally:
+            self._worker = None
+            if self.state is EngineState.READY:
+                self._enter(EngineState.RESTARTING, "the engine worker ended")
+            self._fail_requests()
+            ending = await worker.end(grace)
+        return ending
+
+    def _fail_requests(self) -> None:
+        text = self.message if self.state is EngineState.CLOSED else None
+        text = text or "the engine worker died while it worked on this request"
+        for future in self._answers.values():
+            if not future.done():
+                future.set_exception(RequestRefused("worker_died", text))
+        for stream in self._streams.values():
+            stream.end(RequestFailed("worker_died", text))
+        self._streams.clear()
+
+    def _receive(self, message: FromWorker) -> None:
+        match message:
+            case Delta():
+                if (stream := self._streams.get(message.request_id)) is not None:
+                    stream.push(message)
+            case Finished():
+                if (stream := self._streams.pop(message.request_id, None)) is not None:
+                    stream.end(message)
+            case Failed():
+                if (stream := self._streams.pop(message.request_id, None)) is not None:
+                    stream.end(RequestFailed(message.code, message.message))
+            case Accepted() | Refused() | Tokenized() | Detokenized():
+                future = self._answers.get(message.request_id)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            case Progress():
+                self.progress = message
+                if self.state is EngineState.STARTING:
+                    self._enter(EngineState.LOADING)
+            case Ready():
+                self._ready_at = asyncio.get_running_loop().time()
+                self.ready = message
+                self._enter(EngineState.READY)
+            case LoadFailed():
+                self._enter(EngineState.FAILED, message.message)

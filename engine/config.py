@@ -6,6 +6,8 @@ import msgspec
 
 from mixbit.engine.errors import UserError
 
+_DTYPES = ("float32", "float16", "bfloat16")
+
 
 class ConfigError(UserError):
     """A setting that cannot be honoured; the message names it, its value and what is allowed."""
@@ -51,6 +53,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"{name} is {value}; it must be at least {low}")
+        if self.dtype not in (None, *_DTYPES):
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(_DTYPES)}")
         if self.step_tokens < self.max_running:
             raise ConfigError(
                 f"step_tokens is {self.step_tokens}, below max_running {self.max_running}: "

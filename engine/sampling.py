@@ -36,7 +36,7 @@ class Choice:
     """A sampled token; with logprobs asked for, its own and the most likely, best first."""
 
     token: int
-    logprob: float = 0.0
+    logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
 

@@ -35,7 +35,7 @@ def slot_bytes(program: Program) -> int:
 
 def available_memory(cgroup: Path = _CGROUP) -> int:
     """Bytes that can be allocated without swapping, within the limit of a container where there is one."""
-    available = int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available)  # type: ignore[no-untyped-call]
     try:
         limit = int((cgroup / "memory.max").read_text())
         used = int((cgroup / "memory.current").read_text())

@@ -15,13 +15,23 @@ from mixbit.engine.protocol import FromWorker, ToWorker
 
 MAX_FRAME = 1 << 28
 _LENGTH = struct.Struct("<I")
-_encoder = msgspec.msgpack.Encoder()
-_to_worker = msgspec.msgpack.Decoder(ToWorker)
-_from_worker = msgspec.msgpack.Decoder(FromWorker)
+
+
+class Unreadable(msgspec.Struct):
+    """A message that names its request but has a value of a wrong type: that request alone is at fault."""
+
+    request_id: str
+    reason: str = ""
 
 
 class ProtocolError(Exception):
     """Bytes on the socket that are no frame: the other side is not what it should be."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker = msgspec.msgpack.Decoder(ToWorker)
+_only_id = msgspec.msgpack.Decoder(Unreadable)
+_from_worker = msgspec.msgpack.Decoder(FromWorker)
 
 
 def encode(message: ToWorker | FromWorker) -> bytes:
@@ -30,15 +40,30 @@ def encode(message: ToWorker | FromWorker) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
+def _decode(body: bytes) -> ToWorker | Unreadable:
+    message: ToWorker | Unreadable
+    try:
+        message = _to_worker.decode(body)
+    except msgspec.DecodeError as error:
+        try:
+            message = Unreadable(_only_id.decode(body).request_id, str(error))
+        except msgspec.DecodeError:
+            raise ProtocolError(f"a message from the server cannot be read: {error}") from error
+    return message
+
+
 async def read_from_worker(reader: asyncio.StreamReader) -> FromWorker | None:
-    """The next message, or None at the end of the stream."""
+    """The next message, or None at the end of the stream. Raises ProtocolError."""
     try:
         (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
         if length > MAX_FRAME:
             raise ProtocolError(f"a frame of {length} bytes from the worker")
-        return _from_worker.decode(await reader.readexactly(length))
+        message: FromWorker = _from_worker.decode(await reader.readexactly(length))
+        return message
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"a message from the worker cannot be read: {error}") from error
 
 
 class WorkerSocket:
@@ -78,7 +103,7 @@ class WorkerSocket:
                 self._backlog += data[sent:]
                 self._lock.notify()
 
-    def receive(self) -> Iterator[ToWorker]:
+    def receive(self) -> Iterator[ToWorker | Unreadable]:
         """Messages until the server closes its end. Raises ProtocolError."""
         stream = self._socket.makefile("rb")
         while True:
@@ -94,7 +119,7 @@ class WorkerSocket:
                 return
             if len(body) < length:
                 return
-            yield _to_worker.decode(body)
+            yield _decode(body)
 
     def flush(self, timeout: float) -> None:
         """Wait until the backlog is written, at the end of the process."""

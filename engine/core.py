@@ -1,0 +1,143 @@
+"""The engine without its process: requests in, steps, messages out. One thread, that of the device, drives it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from mixbit.engine.admission import Admission, Generation
+from mixbit.engine.detokenizer import Piece
+from mixbit.engine.protocol import Delta, Failed, Finished, FinishReason, FromWorker, Usage
+from mixbit.engine.request import Chunk, Request
+from mixbit.engine.sampling import NonFiniteLogitsError
+from mixbit.engine.scheduler import Scheduler
+
+log = logging.getLogger("mixbit.engine")
+
+Step = Callable[[Sequence[Chunk]], npt.NDArray[np.float32]]
+
+# A step of one request that raises is that request's fault. So many in a row, with no step between them
+# that worked, is the device's: the worker gives up, and a new one may do better.
+_FAILURES_IN_A_ROW = 3
+
+
+class EngineCore:
+    """Scheduler, model, samplers and detokenizers of all requests.
+
+    step: computes chunks and returns logits [rows, vocab], a row for each chunk that samples, in order.
+    """
+
+    def __init__(self, step: Step, scheduler: Scheduler, admission: Admission) -> None:
+        self.scheduler = scheduler
+        self.admission = admission
+        self._step = step
+        self._generations: dict[str, Generation] = {}
+        self._failures = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to compute."""
+        return self.scheduler.idle
+
+    def add(self, generation: Generation) -> None:
+        """Queue an admitted request."""
+        self._generations[generation.request.request_id] = generation
+        self.scheduler.add(generation.request)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request, wherever it is. Unknown ids are ignored."""
+        generation = self._generations.get(request_id)
+        if generation is not None:
+            self._end(generation)
+
+    def step(self) -> list[FromWorker]:
+        """Compute one step and return what it has to say. Only when not idle.
+
+        A request whose own step raises, or whose logits are not finite, fails alone. Raises what the step
+        raised if steps keep failing.
+        """
+        chunks = self.scheduler.plan()
+        try:
+            logits = self._step(chunks)
+        except Exception as error:
+            log.exception("a step of %d requests failed", len(chunks))
+            return self._recover(chunks, error)
+        self._failures = 0
+        messages: list[FromWorker] = []
+        rows = iter(logits)
+        for chunk in chunks:
+            samples = chunk.samples
+            self.scheduler.advance(chunk)
+            if samples:
+                messages += self._sample(self._generations[chunk.request.request_id], next(rows))
+        return messages
+
+    def _sample(self, generation: Generation, logits: npt.NDArray[np.float32]) -> list[FromWorker]:
+        try:
+            return self._next_token(generation, logits)
+        except NonFiniteLogitsError as error:
+            message = str(error)
+        except Exception as error:
+            log.exception("a token could not be sampled")
+            message = f"sampling failed: {type(error).__name__}: {error}"
+        self._end(generation)
+        return [_failed(generation.request, message)]
+
+    def _next_token(self, generation: Generation, logits: npt.NDArray[np.float32]) -> list[FromWorker]:
+        request, detokenizer = generation.request, generation.detokenizer
+        choice = generation.sampler.choose(logits)
+        full = self.scheduler.append(request, choice.token)
+        if choice.token in generation.eos_ids:
+            return self._finish(generation, detokenizer.finish(), "stop")
+        piece = detokenizer.feed(choice.token, choice.logprob, choice.top)
+        if piece.stop is not None:
+            return self._finish(generation, piece, "stop")
+        if full:
+            return _deltas(request, piece) + self._finish(generation, detokenizer.finish(), "length")
+        return _deltas(request, piece)
+
+    def _finish(self, generation: Generation, last: Piece, reason: FinishReason) -> list[FromWorker]:
+        request = generation.request
+        self._end(generation)
+        usage = Usage(
+            prompt_tokens=request.prompt_tokens,
+            completion_tokens=request.output_tokens,
+            cached_tokens=request.cached_tokens,
+        )
+        if last.stop is not None:  # even the end of the output may complete a stop string
+            reason = "stop"
+        finished = Finished(request_id=request.request_id, reason=reason, usage=usage, stop=last.stop)
+        return [*_deltas(request, last), finished]
+
+    def _recover(self, chunks: list[Chunk], error: Exception) -> list[FromWorker]:
+        """After a step that raised: find the request at fault by running each alone, from its start."""
+        if len(chunks) > 1:
+            self.scheduler.isolate(chunks)
+            return []
+        self._failures += 1
+        if self._failures >= _FAILURES_IN_A_ROW:
+            raise error
+        request = chunks[0].request
+        self._end(self._generations[request.request_id])
+        return [_failed(request, f"the model failed on this request: {type(error).__name__}: {error}")]
+
+    def _end(self, generation: Generation) -> None:
+        request = generation.request
+        self.scheduler.finish(request)
+        del self._generations[request.request_id]
+        self.admission.leave(request.request_id)
+
+
+def _deltas(request: Request, piece: Piece) -> list[FromWorker]:
+    if not piece.text and not piece.logprobs:
+        return []
+    return [
+        Delta(request_id=request.request_id, text=piece.text, token_count=piece.token_count, logprobs=piece.logprobs)
+    ]
+
+
+def _failed(request: Request, message: str) -> Failed:
+    return Failed(request_id=request.request_id, code="internal_error", message=message)
