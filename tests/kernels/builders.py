@@ -6,7 +6,7 @@ A program's only input is tokens, so activations are fed as rows of a dense floa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from mixbit.kernels.reference.packing import pack
 from mixbit.kernels.spec import DenseTensor, Matrix, QuantizedTensor
 
 FloatArray = npt.NDArray[np.float32]
+Tokens = Sequence[int] | npt.NDArray[Any]
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -77,12 +78,8 @@ class Tensors:
 
     def mlp(self, dim: int, hidden: int, *stack: int, bits: int | None = 4, group_size: int = 32) -> MlpSpec:
         """A feed-forward, or a stack of experts."""
-        wide = {"bits": bits, "group_size": group_size}
-        return MlpSpec(
-            self.matrix(*stack, hidden, dim, **wide),
-            self.matrix(*stack, hidden, dim, **wide),
-            self.matrix(*stack, dim, hidden, **wide),
-        )
+        shapes = (hidden, dim), (hidden, dim), (dim, hidden)
+        return MlpSpec(*(self.matrix(*stack, *shape, bits=bits, group_size=group_size) for shape in shapes))
 
     def moe(
         self,
@@ -120,9 +117,9 @@ def program_of(x: FloatArray, verb: Callable[[ProgramBuilder, Value], Value]) ->
     return builder.build(builder.select_rows(verb(builder, value)))
 
 
-def all_rows(tokens: Sequence[int] | npt.NDArray[Any]) -> Batch:
-    """One new sequence of these tokens, every row selected; for programs without caches."""
-    return Sequences(CacheConfig(blocks=1, block_size=max(len(tokens), 1), state_slots=1), count=1).step({0: tokens})
+def all_rows(tokens: Tokens) -> Batch:
+    """One new sequence of these tokens, every row selected."""
+    return Sequences(CACHE, count=1).step({0: tokens})
 
 
 @dataclass
@@ -140,10 +137,8 @@ class Sequences:
         self._blocks = rng.permutation(self.cache.blocks)[: each * self.count].reshape(self.count, each)
         self._slots = rng.permutation(self.cache.state_slots)[: self.count]
 
-    def step(
-        self, tokens: dict[int, Sequence[int] | npt.NDArray[Any]], logit_rows: Sequence[int] | None = None
-    ) -> Batch:
-        """The batch that appends these tokens to these sequences, in the order of the dict.
+    def step(self, tokens: Mapping[int, Tokens], logit_rows: Sequence[int] | None = None) -> Batch:
+        """The batch that appends these tokens to these sequences, in the order given.
 
         logit_rows: all rows if not given.
         """
@@ -172,10 +167,12 @@ class Sequences:
         self.lengths.pop(sequence, None)
 
 
-def run_in_pieces(executor: Executor, cache: CacheConfig, tokens: Sequence[int], sizes: Sequence[int]) -> FloatArray:
+def run_in_pieces(executor: Executor, cache: CacheConfig, tokens: Tokens, sizes: Sequence[int]) -> FloatArray:
     """Outputs of one sequence that is fed in chunks of these sizes."""
     assert sum(sizes) == len(tokens)
-    sequences, outs, start = Sequences(cache, count=1), [], 0
+    sequences = Sequences(cache, count=1)
+    outs: list[FloatArray] = []
+    start = 0
     for size in sizes:
         outs.append(executor.run(sequences.step({0: tokens[start : start + size]})))
         start += size

@@ -1,0 +1,45 @@
+"""Every way to run a program on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from mixbit.kernels.cpu import _cpu
+from mixbit.kernels.cpu.backend import CpuBackend
+from mixbit.kernels.executor import Backend, CacheConfig, Executor, ExecutorOptions
+from mixbit.kernels.mlx.backend import MlxBackend
+from mixbit.kernels.ops import Program
+from mixbit.kernels.reference.backend import ReferenceBackend
+from tests.kernels.builders import CACHE
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend, and the instruction set it is held to."""
+
+    backend: Backend
+    isa: str | None = None
+
+    def compile(self, program: Program, cache: CacheConfig = CACHE, *, profile: bool = False) -> Executor:
+        """An executor in float32."""
+        options = ExecutorOptions(max_tokens=256, threads=2, isa=self.isa, dtype="float32", profile=profile)
+        return self.backend.compile(program, cache, options)
+
+
+CANDIDATES = {f"cpu-{isa}": Candidate(CpuBackend(), isa) for isa in _cpu.supported_isas()}
+CANDIDATES["mlx-cpu"] = Candidate(MlxBackend("mlx-cpu"))
+REFERENCE = Candidate(ReferenceBackend())
+
+
+@pytest.fixture(params=CANDIDATES)
+def candidate(request: pytest.FixtureRequest) -> Candidate:
+    """A backend to compare with the reference."""
+    return CANDIDATES[request.param]
+
+
+@pytest.fixture(params=["reference", *CANDIDATES])
+def any_candidate(request: pytest.FixtureRequest) -> Candidate:
+    """Any backend, for what must hold of the reference too."""
+    return REFERENCE if request.param == "reference" else CANDIDATES[request.param]
