@@ -33,6 +33,17 @@ class Weight:
         cols: int,
     ) -> None: ...
 
+def matmul_rows(
+    weight: Weight,
+    x: _Floats,
+    *,
+    isa: str,
+    expert: int,
+    index: _Ints | None,
+    row_begin: int,
+    row_end: int,
+) -> _Floats: ...
+
 class Program:
     def __init__(
         self,

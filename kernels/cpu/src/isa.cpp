@@ -1,6 +1,7 @@
 #include "isa.h"
 
 #include <initializer_list>
+#include <stdexcept>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -102,6 +103,16 @@ Isa best_isa() {
   for (Isa isa : {Isa::avx512, Isa::avx2, Isa::neon})
     if (supported(isa)) return isa;
   return Isa::portable;
+}
+
+Isa isa_named(const std::string& wanted) {
+  std::string known;
+  for (Isa isa : all_isas) {
+    if (!supported(isa)) continue;
+    if (wanted == name(isa)) return isa;
+    known += (known.empty() ? "" : ", ") + std::string(name(isa));
+  }
+  throw std::invalid_argument("instruction set '" + wanted + "' cannot run here; this machine and build run: " + known);
 }
 
 }  // namespace mixbit

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace mixbit {
 
@@ -15,5 +16,6 @@ inline constexpr Isa all_isas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::n
 const char* name(Isa isa);
 bool supported(Isa isa);  // by this build, this processor and its operating system
 Isa best_isa();
+Isa isa_named(const std::string& wanted);  // throws std::invalid_argument unless it is supported
 
 }  // namespace mixbit

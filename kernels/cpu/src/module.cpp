@@ -42,16 +42,6 @@ MlpWeights mlp_weights(const MlpArg& arg) {
   return {gate->matrix(), up->matrix(), down->matrix()};
 }
 
-Isa isa_named(const std::string& wanted) {
-  std::string known;
-  for (Isa isa : all_isas) {
-    if (!supported(isa)) continue;
-    if (wanted == name(isa)) return isa;
-    known += (known.empty() ? "" : ", ") + std::string(name(isa));
-  }
-  throw std::invalid_argument("instruction set '" + wanted + "' cannot run here; this machine and build run: " + known);
-}
-
 void embed(Program& p, const Weight& table, int out) {
   p.uses_vocabulary(table.matrix().rows);
   p.add("embed", make_embed(p.context(), table.matrix(), p.value(out)), {}, {out});
@@ -143,6 +133,9 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Program& p, const Ints& tokens, c
 }
 
 }  // namespace
+
+void bind_matmul(nb::module_& m);  // bind_matmul.cpp
+
 }  // namespace mixbit
 
 NB_MODULE(_cpu, m) {
@@ -165,6 +158,8 @@ NB_MODULE(_cpu, m) {
       .def(nb::init<nb::handle, nb::object, nb::object, DType, int, int, std::int64_t, std::int64_t, std::int64_t>(),
            nb::arg("weight"), nb::arg("scales").none(), nb::arg("biases").none(), nb::arg("dtype"), nb::arg("bits"),
            nb::arg("group_size"), nb::arg("experts"), nb::arg("rows"), nb::arg("cols"));
+
+  bind_matmul(m);
 
   nb::class_<Program>(m, "Program")
       .def(
