@@ -26,6 +26,7 @@ _REFUSALS: dict[int | str, dict[str, object]] = {
         503: "Loading, restarting, or out of memory; see Retry-After",
     }.items()
 }
+_ANY_ERROR: dict[int | str, dict[str, object]] = {"default": {"model": ErrorResponse, "description": "Any other error"}}
 
 
 def create_app(engine: Engine, model: ServedModel, access: Access) -> FastAPI:
@@ -38,9 +39,9 @@ def create_app(engine: Engine, model: ServedModel, access: Access) -> FastAPI:
     )
     app.state.service = Service(engine, model)
     for route in (chat, completions):
-        app.include_router(route.router, responses=_REFUSALS)
+        app.include_router(route.router, responses={**_REFUSALS, **_ANY_ERROR})
     for route in (models, health):
-        app.include_router(route.router)
+        app.include_router(route.router, responses=_ANY_ERROR)
     errors.install(app)
     app.add_middleware(Guard, access=access)
     return app

@@ -22,6 +22,8 @@ from mixbit.server.settings import HTTP, Access
 
 if TYPE_CHECKING:
     from mixbit.engine.protocol import Ready
+    from mixbit.server.model import ServedModel
+    from mixbit.server.web import Server
 
 
 class PortError(UserError):
@@ -98,14 +100,18 @@ class _Process:
             os._exit(130)  # asked twice; the worker ends when its socket closes
         self._stop.set()
 
-    async def _serve(self) -> None:
+    def _build(self) -> tuple[Server, ServedModel]:
         from mixbit.server.app import create_app
         from mixbit.server.model import describe_model
         from mixbit.server.web import make_server
 
         serving = self._serving
         model = describe_model(Path(serving.engine.model), serving.names, serving.chat_template)
-        server = make_server(create_app(self._engine, model, serving.access))
+        return make_server(create_app(self._engine, model, serving.access)), model
+
+    async def _serve(self) -> None:
+        server, model = await asyncio.to_thread(self._build)  # the loop starts the worker meanwhile
+        serving = self._serving
         http = asyncio.create_task(server.serve(sockets=[self._sock]))
         stop = asyncio.create_task(self._stop.wait())
         try:

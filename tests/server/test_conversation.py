@@ -35,7 +35,7 @@ async def refused(messages: Any, template: str | None = None, **body: Any) -> di
 
 async def test_content_may_be_text_null_or_parts() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    messages = [{"role": "system", "content": None}, {"role": "user", "content": parts}]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": None}, {"role": "user", "content": parts}]
     assert await prompt_of(messages) == "<system></><user>a\nb</><assistant>"
 
 
@@ -61,7 +61,7 @@ async def test_arguments_of_earlier_calls_are_objects_where_they_can_be() -> Non
         {"id": "1", "type": "function", "function": {"name": "f", "arguments": text}}
         for text in ('{"a": [1]}', "nonsense")
     ]
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "x"},
         {"role": "assistant", "tool_calls": calls},
         {"role": "tool", "tool_call_id": "1", "content": "r"},
