@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +14,7 @@ from mixbit.kernels.mlx.backend import MlxBackend
 from mixbit.kernels.ops import Program
 from mixbit.kernels.reference.backend import ReferenceBackend
 from tests.kernels.builders import CACHE
+from tests.metal.backend import HostMetalBackend
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Candidate:
 
 CANDIDATES = {f"cpu-{isa}": Candidate(CpuBackend(), isa) for isa in _cpu.supported_isas()}
 CANDIDATES["mlx-cpu"] = Candidate(MlxBackend("mlx-cpu"))
+if sys.platform == "linux":  # where the compiler that runs Metal's text is installed
+    CANDIDATES["metal-on-host"] = Candidate(HostMetalBackend())
 REFERENCE = Candidate(ReferenceBackend())
 
 

@@ -191,7 +191,7 @@ class HostMetal:
         self, name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str = ""
     ) -> Callable[..., list[mx.array]]:
         """As `mx.fast.metal_kernel`: a function that runs the kernel, now, on this host."""
-        real = mx.fast.metal_kernel(
+        real: Any = mx.fast.metal_kernel(
             name=name, input_names=list(input_names), output_names=list(output_names), source=source, header=header
         )
         generated: dict[Any, str] = {}

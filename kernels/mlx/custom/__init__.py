@@ -1,0 +1,1 @@
+"""Our own kernels for Metal and CUDA, one launch where stock MLX needs many."""
