@@ -170,7 +170,7 @@ REQUESTS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=
 EVENTS = st.lists(st.sampled_from(["step", "add", "abort", "fail"]), max_size=60)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(REQUESTS, EVENTS, st.integers(1, 5), st.integers(0, 12), st.integers(13, 60), st.integers(1, 5), st.randoms())
 def test_every_request_ends_with_the_right_length_whatever_happens(
     shapes: list[tuple[int, int]],
