@@ -16,10 +16,10 @@ BLOCK_SIZE = 16
 class Sequence:
     """One sequence of at most `capacity` tokens on a backend; blocks are taken in reverse, to be unlike their order."""
 
-    def __init__(self, backend: Backend, program: Program, capacity: int, max_tokens: int | None = None) -> None:
+    def __init__(self, backend: Backend, program: Program, capacity: int) -> None:
         blocks = -(-capacity // BLOCK_SIZE)
         cache = CacheConfig(blocks=blocks + 1, block_size=BLOCK_SIZE, state_slots=2)
-        options = ExecutorOptions(max_tokens=max_tokens or capacity, threads=2)
+        options = ExecutorOptions(max_tokens=capacity, threads=2)
         self.executor: Executor = backend.compile(program, cache, options)
         self._blocks = np.arange(blocks, 0, -1, dtype=np.int32)
         self._length = 0
