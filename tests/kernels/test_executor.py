@@ -69,6 +69,23 @@ def test_whole_model_like_reference(candidate: Candidate) -> None:
         assert_close(ours.run(batch), reference.run(batch), 1e-4)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_random_schedules_like_reference(candidate: Candidate, seed: int) -> None:
+    """Sequences start, pause, run in chunks and end, in any company and any order within the batch."""
+    ours, reference = candidate.compile(PROGRAM), REFERENCE.compile(PROGRAM)
+    rng = np.random.default_rng(seed)
+    sequences = Sequences(CACHE, count=4, seed=seed)
+    for _ in range(16):
+        tokens: dict[int, list[int]] = {}
+        for s in rng.permutation(4)[: rng.integers(1, 5)].tolist():
+            count = int(rng.choice([1, 1, 1, 2, 5]))
+            if sequences.lengths.get(s, 0) + count > 24 or rng.random() < 0.1:
+                sequences.restart(s)
+            tokens[s] = rng.integers(0, VOCAB, count).tolist()
+        batch = last_rows(sequences, tokens)
+        assert_close(ours.run(batch), reference.run(batch), 1e-4)
+
+
 def test_steps_without_logits_still_fill_the_caches(any_candidate: Candidate) -> None:
     executor = any_candidate.compile(PROGRAM)
     sequences = Sequences(CACHE, count=1)

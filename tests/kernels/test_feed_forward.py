@@ -115,17 +115,18 @@ def test_all_tokens_on_one_expert(candidate: Candidate) -> None:
 def test_ties_go_to_the_lower_expert(any_candidate: Candidate, rows: int) -> None:
     """Every logit is equal in the first case; in the second, a tie straddles the last place."""
     tensors = Tensors(seed=9)
+    experts = 100  # many, so that a sort that is not stable would show
     x = np.abs(tensors.values(rows, 64))
-    equal = with_router(tensors.moe(shared=False), np.zeros((8, 64), np.float32))
+    equal = with_router(tensors.moe(experts=experts, shared=False), np.zeros((experts, 64), np.float32))
     lowest = np.mean([mlp(equal.experts, x, expert) for expert in (0, 1, 2)], axis=0)
     assert_close(run_moe(any_candidate, equal, x), lowest)
 
-    router = np.zeros((8, 64), np.float32)
-    router[6] = 1
+    router = np.zeros((experts, 64), np.float32)
+    router[60] = 1
     straddling = with_router(equal, router)
-    experts, weights = route(straddling, x)
-    assert (experts == [6, 0, 1]).all()
-    parts = [weights[:, [place]] * mlp(equal.experts, x, expert) for place, expert in enumerate((6, 0, 1))]
+    chosen, weights = route(straddling, x)
+    assert (chosen == [60, 0, 1]).all()
+    parts = [weights[:, [place]] * mlp(equal.experts, x, expert) for place, expert in enumerate((60, 0, 1))]
     assert_close(run_moe(any_candidate, straddling, x), np.sum(parts, axis=0))
 
 

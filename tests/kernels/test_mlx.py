@@ -88,6 +88,13 @@ def test_an_array_is_placed_once() -> None:
     assert all(vars(first)[part] is vars(second)[part] for part in ("codes", "scales", "biases"))
 
 
+def test_an_array_may_be_placed_in_several_dtypes() -> None:
+    tensor = Tensors().dense(8)
+    weights = Weights(mx.bfloat16)
+    assert weights.vector(tensor).dtype == mx.bfloat16
+    assert weights.vector(tensor, mx.float32).dtype == mx.float32
+
+
 def test_step_puts_sequences_of_one_shape_together() -> None:
     sequences = Sequences(CACHE, count=4)
     sequences.step({0: range(5), 1: range(5)})
