@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -227,7 +228,7 @@ def test_other_dtypes_are_refused() -> None:
         CpuBackend().compile(PROGRAM, CACHE, ExecutorOptions(max_tokens=1, dtype="bfloat16"))
 
 
-def unaligned(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+def unaligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A read-only copy that starts at an odd address, as a tensor of a memory-mapped file may."""
     raw = np.zeros(array.nbytes + 1, np.uint8)
     raw[1:] = array.reshape(-1).view(np.uint8)
