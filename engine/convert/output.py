@@ -23,7 +23,7 @@ def new_model_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
     Raises ConvertError if `out` exists, unless `force` is set and it is a model directory or empty: then the
     old one is replaced at the end.
     """
-    _check_output(out, force)
+    check_output(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
@@ -48,7 +48,8 @@ def check_loads(directory: Path, out: Path) -> None:
         raise ConvertError(f"the result cannot be loaded: {error}".replace(str(directory), str(out))) from None
 
 
-def _check_output(out: Path, force: bool) -> None:
+def check_output(out: Path, force: bool) -> None:
+    """Raise ConvertError if `out` exists and may not be replaced; see new_model_directory."""
     if not out.exists():
         return
     if not out.is_dir():

@@ -16,15 +16,17 @@ _EPILOG = """examples:
   mixbit inspect mlx-community/Qwen3-Coder-Next-4bit
   mixbit inspect ./my-model --json | jq '.classes[] | {role, bits}'
 
-Only headers are read, and every width is checked against the shapes, as when serving."""
+Only headers are read. Every width is checked against the shapes, as when
+serving. Widths that most of the model does not have stand out."""
 
 
 def add_parser(commands: Any) -> None:
     """Add `inspect` to the command line."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "inspect",
+        usage="mixbit inspect MODEL [options]",
         help="show the width of every tensor",
-        description="Show every class of tensor: width, size, the bytes that a token reads; and what fits here.",
+        description="Show the width and size of every class of tensor, and what fits in memory here.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
