@@ -1,6 +1,6 @@
 // matmul_rows of one instruction set against a plain double-precision product, on random shapes.
 //
-//   matmul_test [ISA] [SEED]     all that this processor can run, without ISA
+//   matmul_test [ISA [CASES [SEED]]]     without ISA: all that this processor can run
 //
 // Stands alone, so that it can be cross-compiled and run under an emulator. Every array of a matrix ends
 // where a page that must not be touched begins. Exit status: 0 passed, 1 failed, 77 ISA not supported.
@@ -174,11 +174,11 @@ bool run(Isa isa, const Case& c) {
 
 int main(int argc, char** argv) {
   const std::string_view wanted = argc > 1 ? argv[1] : "";
+  const int cases = argc > 2 ? std::atoi(argv[2]) : 720;
   int ran = 0, failed = 0;
   for (Isa isa : all_isas) {
     if (!supported(isa) || (!wanted.empty() && wanted != name(isa))) continue;
-    random_bits.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
-    constexpr int cases = 720;
+    random_bits.seed(argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1);
     for (int i = 0; i < cases; ++i) failed += !run(isa, random_case(i));
     std::printf("%s: %d cases\n", name(isa), cases);
     ++ran;

@@ -24,7 +24,6 @@ constexpr int block = 64;                          // groups whose scales are co
 constexpr int micro_rows = 4, micro_tokens = V::tokens;
 constexpr int tile_rows = 16, tile_cols = 512;     // unpacked weights that stay in the first-level cache
 constexpr int tile_stride = tile_cols + 16;
-constexpr Int few_tokens = 4;                      // up to here weights go from code to product in registers
 
 constexpr Int smaller(Int a, Int b) { return a < b ? a : b; }
 
@@ -94,7 +93,7 @@ void load_scales(const MatmulArgs& args, Bytes base, Int row, Int first, int cou
 
 Int token(const MatmulArgs& args, Int i) { return args.index != nullptr ? args.index[i] : i; }
 
-// ---- Few tokens: R rows times T tokens, weights read once and never stored ----
+// ---- Up to four tokens: R rows times T tokens, weights go from code to product in registers ----
 
 template <int R, int T>
 struct Sums {
@@ -142,6 +141,7 @@ void dot(Affine<bits>, const MatmulArgs& args, const Bytes (&rows)[R], Int row, 
         dot_chunk<Layout>(w, x, column, group);
         for (int r = 0; r < R; ++r) w[r] += Layout::bytes;
       }
+      for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + R * args.row_bytes);  // the rows after these
       for (int r = 0; r < R; ++r) {
         const Reg scale = V::set1(scales[r][g]);
         for (int t = 0; t < T; ++t) total.at[r][t] = V::fma(scale, group.at[r][t], total.at[r][t]);
@@ -172,12 +172,12 @@ void dot(Dense<type>, const MatmulArgs& args, const Bytes (&rows)[R], Int, const
 }
 
 template <class Layout, int R, int T>
-void few_rows(const MatmulArgs& args, Int row, Int first_token) {
+void few_rows(const MatmulArgs& args, Int row) {
   Bytes rows[R];
   for (int r = 0; r < R; ++r) rows[r] = args.weight + (row + r) * args.row_bytes;
   const float *x[T], *x_sums[T];
   for (int t = 0; t < T; ++t) {
-    const Int at = token(args, first_token + t);
+    const Int at = token(args, t < args.count ? t : 0);
     x[t] = args.x + at * args.x_stride;
     x_sums[t] = args.sums + at * args.sum_stride;
   }
@@ -185,14 +185,14 @@ void few_rows(const MatmulArgs& args, Int row, Int first_token) {
   total.clear();
   dot(Layout{}, args, rows, row, x, x_sums, total);
   for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) args.y[(first_token + t) * args.y_stride + row + r] = V::sum(total.at[r][t]);
+    for (int t = 0; t < T && t < args.count; ++t) args.y[t * args.y_stride + row + r] = V::sum(total.at[r][t]);
 }
 
 template <class Layout, int R, int T>
 void few(const MatmulArgs& args) {
   Int row = args.row_begin;
-  for (; row + R <= args.row_end; row += R) few_rows<Layout, R, T>(args, row, 0);
-  for (; row < args.row_end; ++row) few_rows<Layout, 1, T>(args, row, 0);
+  for (; row + R <= args.row_end; row += R) few_rows<Layout, R, T>(args, row);
+  for (; row < args.row_end; ++row) few_rows<Layout, 1, T>(args, row);
 }
 
 // ---- Many tokens: unpack a tile of weights, multiply it with every token ----
@@ -287,9 +287,9 @@ void matmul(const MatmulArgs& args) {
     switch (args.count) {
       case 1: return few<Layout, 4, 1>(args);
       case 2: return few<Layout, 2, 2>(args);
-      case 3: return few<Layout, 1, 3>(args);
+      case 3:
       case 4: return few<Layout, 1, 4>(args);
-      default: static_assert(few_tokens == 4); return many<Layout>(args);
+      default: return many<Layout>(args);
     }
   });
 }

@@ -122,6 +122,6 @@ def test_extreme_half_precision_scales(isa: str) -> None:
 
 def test_an_isa_that_this_machine_lacks_is_refused_by_name() -> None:
     stack = dense(np.random.default_rng(0), "f32", (1, 1, 4))
+    x = np.ones((1, 4), np.float32)
     with pytest.raises(ValueError, match="'sse9' cannot run here"):
-        x = np.ones((1, 4), np.float32)
         _cpu.matmul_rows(stack.native, x, isa="sse9", expert=0, index=None, row_begin=0, row_end=1)
