@@ -87,7 +87,7 @@ def _is_current(path: Path) -> bool:
 
 def _build(source: Path, path: Path, progress: Progress) -> None:
     # Half a second of imports that a start with the demo in place does not need.
-    from mixbit.engine.convert.gguf_import import import_gguf  # noqa: PLC0415
+    from mixbit.engine.convert.gguf_import import import_gguf
 
     progress("checking", 0, 1)
     with source.open("rb") as file:

@@ -19,7 +19,7 @@ class FakeHub:
     """repos: files of each id. Faults may be changed between requests.
 
     gated: ids that need a login. break_after: the next download of a weight file stops after so many bytes,
-    and if fail_after_break, every answer from then on is a failure.
+    and if fail_after_break, weight files cannot be had from then on. failing: nothing can.
     requests: "METHOD path [range]" of every request.
     """
 
@@ -27,6 +27,7 @@ class FakeHub:
     gated: set[str] = field(default_factory=set)
     break_after: int | None = None
     fail_after_break: bool = False
+    broken: bool = False
     failing: bool = False
     claimed_size: int | None = None
     requests: list[str] = field(default_factory=list)
@@ -86,14 +87,16 @@ class _Handler(BaseHTTPRequestHandler):
         part = data[start:stop]
         if wanted:
             headers["Content-Range"] = f"bytes {start}-{start + len(part) - 1}/{len(data)}"
+        if self.hub.broken and self.command == "GET" and path.endswith(".safetensors"):
+            return self._send(500, b"{}")
         limit = self.hub.break_after
         if body and limit is not None and path.endswith(".safetensors"):
             self.hub.break_after = None
-            self.hub.failing = self.hub.fail_after_break
+            self.hub.broken = self.hub.fail_after_break
             self._send(206 if wanted else 200, part, headers, sent=limit)
             self.close_connection = True
-            return
-        self._send(206 if wanted else 200, part, headers, body=body)
+            return None
+        return self._send(206 if wanted else 200, part, headers, body=body)
 
     def _send(
         self,

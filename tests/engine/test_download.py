@@ -71,7 +71,7 @@ def test_a_download_that_failed_is_explained_and_completed_later(
     hub.break_after, hub.fail_after_break = 75_000, True
     with pytest.raises(DownloadError, match=r"org/tiny-model: http://127\.0\.0\.1:\d+ answers with HTTP status 500"):
         resolve_model(NAME)
-    hub.failing = False
+    hub.broken = False
     finished = {f"GET /{NAME}/resolve/{COMMIT}/{file.name}" for file in (tmp_path / "hub").glob("*/snapshots/*/*")}
     hub.requests.clear()
     path = resolve_model(NAME)
