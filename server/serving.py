@@ -72,7 +72,10 @@ def listen(host: str, port: int) -> socket.socket:
 def run(serving: Serving, steps: Steps) -> int:
     """Serve until Ctrl-C or SIGTERM; the exit status. Raises UserError if the model cannot be loaded."""
     with listen(serving.host, serving.port) as sock:
-        return asyncio.run(_Process(serving, sock, steps).main())
+        try:
+            return asyncio.run(_Process(serving, sock, steps).main())
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: a late Ctrl-C has nothing to break off
 
 
 class _Process:

@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,13 +94,10 @@ def _port(text: str) -> int:
 
 def _size(text: str) -> int:
     """Bytes of `2G`, `512M`, `1.5G` or a plain number."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    digits = text.upper().removesuffix("B").removesuffix("I")
-    factor = units.get(digits[-1:], 1)
-    try:
-        return int(float(digits.rstrip("KMGT")) * factor)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 2G") from None
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([KMGT]?)I?B?", text.upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 2G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
 def is_loopback(host: str) -> bool:

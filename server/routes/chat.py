@@ -16,7 +16,11 @@ from mixbit.server.conversation import render_prompt
 from mixbit.server.errors import ApiError, invalid
 from mixbit.server.generation import Batch, api_error, choice_seed, require_ready, resolve_sampling, stop_strings
 from mixbit.server.logprobs import chat_logprobs
-from mixbit.server.schema.chat import CreateChatCompletionRequest, CreateChatCompletionResponse
+from mixbit.server.schema.chat import (
+    CreateChatCompletionRequest,
+    CreateChatCompletionResponse,
+    CreateChatCompletionStreamResponse,
+)
 from mixbit.server.service import CurrentService, Service
 
 router = APIRouter(tags=["completions"])
@@ -62,13 +66,8 @@ def _chunk(index: int, delta: Json, logprobs: Json | None = None, reason: Finish
 
 @router.post(
     "/v1/chat/completions",
-    response_model=CreateChatCompletionResponse,
-    responses={
-        200: {
-            "description": "The answer; with `stream`, server-sent events of its pieces and `[DONE]`.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
-        }
-    },
+    response_model=CreateChatCompletionResponse | CreateChatCompletionStreamResponse,
+    responses={200: {"description": "The answer; with `stream`, server-sent events of the second form and `[DONE]`."}},
 )
 async def create_chat_completion(
     body: CreateChatCompletionRequest, request: Request, service: CurrentService

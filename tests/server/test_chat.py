@@ -9,6 +9,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from mixbit.engine.protocol import Generate, TokenLogprob, TokenLogprobs
 from mixbit.server.presets import SamplingDefaults
+from mixbit.server.schema.chat import CreateChatCompletionResponse, CreateChatCompletionStreamResponse
 from tests.fakes import FakeEngine, Reply, failure, refusal
 from tests.server.support import HELLO, connect, error_of, events, served_model
 
@@ -24,6 +25,7 @@ async def ask(engine: FakeEngine, **body: Any) -> Any:
 
 async def test_whole_answer_is_what_the_sdk_expects() -> None:
     answer = await ask(FakeEngine(Reply(["Hel", "lo"], prompt_tokens=7, cached_tokens=3)))
+    CreateChatCompletionResponse.model_validate(answer, strict=True)
     parsed = ChatCompletion.model_validate(answer, strict=True)
     assert parsed.id.startswith("chatcmpl-")
     assert parsed.model == "org/tiny"
@@ -43,6 +45,7 @@ async def test_stream_has_role_once_one_reason_and_done() -> None:
     assert done == "[DONE]"
     for chunk in chunks:
         ChatCompletionChunk.model_validate(chunk, strict=True)
+        CreateChatCompletionStreamResponse.model_validate(chunk, strict=True)
         assert "usage" not in chunk
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]

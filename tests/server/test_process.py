@@ -99,10 +99,7 @@ def test_wrong_usage(arguments: list[str], words: list[str]) -> None:
     ("arguments", "word"),
     [
         (["--host", "0.0.0.0"], "--allow-unauthenticated"),
-        (["--host", "::"], "--allow-unauthenticated"),
         (["--host", "no.such.host.invalid", "--allow-unauthenticated"], "no.such.host.invalid"),
-        (["--api-key", " "], "empty"),
-        (["--api-key-file", "/nonexistent/keys"], "/nonexistent/keys"),
         (["--max-running", "0"], "max_running"),
         (["--chat-template", "/nonexistent/template"], "/nonexistent/template"),
         (["--device", "abacus"], "abacus"),
@@ -156,14 +153,6 @@ def test_keys_from_flag_file_and_environment(tiny_checkpoint: Path, tmp_path: Pa
         assert "GET /v1/models 401" in server.text()
 
 
-def test_an_open_address_takes_any_host_name(tiny_checkpoint: Path) -> None:
-    with start("--model", str(tiny_checkpoint), "--host", "0.0.0.0", "--allow-unauthenticated") as server:
-        port = httpx.URL(server.url).port
-        response = httpx.get(f"http://127.0.0.1:{port}/v1/models", headers={"host": "my.machine"})
-        assert response.status_code == 200
-        assert "any machine" in server.text()
-
-
 def test_raw_connections_that_are_not_http(tiny_server: RunningServer) -> None:
     address = httpx.URL(tiny_server.url)
     for data in (b"\x16\x03\x01\x02\x00garbage\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"a" * 200_000 + b"\r\n\r\n"):
@@ -200,18 +189,16 @@ def test_a_killed_worker_is_told_and_replaced(tiny_checkpoint: Path) -> None:
         assert client.post(CHAT, json=SHORT).status_code == 200
 
 
-def test_503_while_the_worker_is_away(tiny_checkpoint: Path) -> None:
-    """The worker is stopped by signal before it can load, so that the state lasts as long as the test needs."""
-    with start("--model", str(tiny_checkpoint)) as server, server.client() as client:
-        worker = server.worker()
-        worker.kill()
-        until(lambda: client.get("/health").status_code == 503)
-        response = client.post(CHAT, json=SHORT)
-        if response.status_code != 200:
-            assert error_of(response)["type"] == "service_unavailable"
-            assert int(response.headers["retry-after"]) > 0
-        until(lambda: client.get("/health").status_code == 200)
-        assert server.worker().pid != worker.pid
+def test_a_server_that_cannot_recover_ends(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for file in tiny_checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with start("--model", str(tmp_path)) as server:
+        (tmp_path / "config.json").write_text("broken")
+        server.worker().kill()
+        assert server.process.wait(20) == 1
+        (line,) = [line for line in server.text().splitlines() if line.startswith("error: ")]
+        assert "config.json" in line
+        assert "Traceback" not in server.text()
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -245,7 +232,8 @@ def test_a_second_ctrl_c_is_immediate(tiny_checkpoint: Path) -> None:
     with start("--model", str(tiny_checkpoint)) as server, server.client() as client:
         worker = server.worker()
         with client.stream("POST", CHAT, json={**LONG, "n": 8}) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # kept, since the connection is closed with it
+            next(lines)
             server.interrupt()
             time.sleep(0.3)
             server.interrupt()

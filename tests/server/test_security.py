@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
 from mixbit.server.app import create_app
+from mixbit.server.security import Guard
 from mixbit.server.settings import HTTP, LOOPBACK_HOSTS, Access
 from tests.fakes import FakeEngine
 from tests.server.support import HELLO, connect, error_of, served_model
@@ -195,6 +198,25 @@ async def test_bodies_are_bounded_however_they_come() -> None:
     chunks = [piece] * (HTTP.max_body_bytes // len(piece)) + [b" ", b"{}"]
     assert await raw(Access(), CHAT, [host, json_type], chunks) == 413
     assert await raw(Access(), CHAT, [host, json_type, (b"content-length", b"2")], [b" " * large]) == 413
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.02)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def put(message: Any) -> None:
+        sent.append(message)
+
+    async def never(*_: Any) -> None:
+        raise AssertionError("it must not get this far")
+
+    guard = Guard(never, Access(), replace(HTTP, body_seconds=0.1))
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    await guard({"type": "http", "method": "POST", "path": CHAT, "headers": headers}, receive, put)
+    assert sent[0]["status"] == 408
 
 
 async def test_headers_are_bounded() -> None:
