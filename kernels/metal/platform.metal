@@ -6,9 +6,9 @@
 // Eight neighbouring values as float; p is aligned to them.
 template <typename T>
 inline void load8(const device T* p, thread float* out) {
-  for (int half = 0; half < 2; half++) {
-    const vec<T, 4> a = ((const device vec<T, 4>*)p)[half];
-    for (int i = 0; i < 4; i++) out[4 * half + i] = float(a[i]);
+  for (int part = 0; part < 2; part++) {
+    const vec<T, 4> a = ((const device vec<T, 4>*)p)[part];
+    for (int i = 0; i < 4; i++) out[4 * part + i] = float(a[i]);
   }
 }
 

@@ -8,14 +8,14 @@
 const uint lane = thread_index_in_simdgroup;
 const uint token = threadgroup_position_in_grid.x;
 constexpr int COUNT = (EXPERTS + 31) / 32;
-const float lowest = -3.4e38f;
+const float lowest = -1e30f, taken = -2e30f;  // finite, so that fast math may be on
 
 float values[COUNT];
 float most = lowest;
 #pragma unroll
 for (int i = 0; i < COUNT; i++) {
   const uint expert = i * 32 + lane;
-  values[i] = expert < EXPERTS ? max(float(logits[token * EXPERTS + expert]), lowest) : 2 * lowest;
+  values[i] = expert < EXPERTS ? max(float(logits[token * EXPERTS + expert]), lowest) : taken;
   most = max(most, values[i]);
 }
 most = simd_max(most);
@@ -27,7 +27,7 @@ total = simd_sum(total);
 float mine = 0;  // lane k keeps the weight of the k-th choice
 float chosen = 0;
 for (uint k = 0; k < TOP_K; k++) {
-  float best = 2 * lowest;
+  float best = 2 * taken;
   uint expert = 0;
 #pragma unroll
   for (int i = 0; i < COUNT; i++) {
@@ -40,7 +40,7 @@ for (uint k = 0; k < TOP_K; k++) {
   }
 #pragma unroll
   for (int i = 0; i < COUNT; i++) {
-    if (i * 32 + lane == expert) values[i] = 2 * lowest;
+    if (i * 32 + lane == expert) values[i] = taken;
   }
   const float weight = exp(best - most) / total;
   chosen += weight;

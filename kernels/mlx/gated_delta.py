@@ -19,7 +19,7 @@ from mixbit.kernels.mlx.operation import Binding
 from mixbit.kernels.mlx.rows import Norm
 from mixbit.kernels.mlx.step import Group, Step
 
-_QK_EPS = 1e-6  # added to the sum of squares of q and k, as transformers does
+QK_EPS = 1e-6  # added to the sum of squares of q and k, as transformers does
 _CHUNK = 64
 
 
@@ -89,8 +89,8 @@ class GatedDelta:
                 strict=True,
             )
         )
-        q = mx.fast.rms_norm(q, None, _QK_EPS / spec.key_dim) / spec.key_dim
-        k = mx.fast.rms_norm(k, None, _QK_EPS / spec.key_dim) / spec.key_dim**0.5
+        q = mx.fast.rms_norm(q, None, QK_EPS / spec.key_dim) / spec.key_dim
+        k = mx.fast.rms_norm(k, None, QK_EPS / spec.key_dim) / spec.key_dim**0.5
         ratio = spec.value_heads // spec.key_heads
         return mx.repeat(q, ratio, axis=1), mx.repeat(k, ratio, axis=1), v
 

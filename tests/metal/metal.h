@@ -8,13 +8,14 @@
 #define constant __attribute__((address_space(2)))
 #define threadgroup __attribute__((address_space(3)))
 #define thread
+#pragma GCC poison vertex fragment
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
-typedef _Float16 half;
+#define half _Float16  // a keyword in Metal: no name for anything else
+#define bfloat __bf16
 typedef half float16_t;
-typedef __bf16 bfloat;
 typedef bfloat bfloat16_t;
 
 #define METAL_VECTORS(T)                             \
@@ -22,12 +23,14 @@ typedef bfloat bfloat16_t;
   typedef T T##3 __attribute__((ext_vector_type(3))); \
   typedef T T##4 __attribute__((ext_vector_type(4)));
 METAL_VECTORS(float)
-METAL_VECTORS(half)
-METAL_VECTORS(bfloat)
 METAL_VECTORS(int)
 METAL_VECTORS(uint)
 METAL_VECTORS(ushort)
 METAL_VECTORS(uchar)
+typedef half half2 __attribute__((ext_vector_type(2)));
+typedef half half4 __attribute__((ext_vector_type(4)));
+typedef bfloat bfloat2 __attribute__((ext_vector_type(2)));
+typedef bfloat bfloat4 __attribute__((ext_vector_type(4)));
 
 template <typename To, typename From>
 inline To as_type(From value) {
@@ -48,7 +51,7 @@ METAL_UNARY(sin)
 METAL_UNARY(cos)
 METAL_UNARY(floor)
 inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
-inline float abs(float x) { return __builtin_fabsf(x); }
+inline float fabs(float x) { return __builtin_fabsf(x); }
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline uint popcount(uint x) { return __builtin_popcount(x); }
 inline uint extract_bits(uint x, uint offset, uint bits) { return x >> offset & ((1u << bits) - 1); }

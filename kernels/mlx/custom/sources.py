@@ -41,6 +41,8 @@ def _expand(path: Path, language: Language, seen: set[Path]) -> str:
     if language == "cuda" and path.name == "platform.metal":
         return (_KERNELS / "cuda" / "platform.cuh").read_text()
     text = path.read_text()
+    if language == "cuda":  # one address space; kernels/cuda/platform.cuh has the rest of Metal's words
+        text = re.sub(r"\b(device|constant|thread)\b ?", "", text)
     return re.sub(r'#include "([\w.]+)"\n', lambda match: _expand(path.parent / match[1], language, seen), text)
 
 

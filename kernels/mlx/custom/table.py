@@ -10,6 +10,7 @@ from mixbit.kernels import ops
 from mixbit.kernels.mlx import feed_forward, rows
 from mixbit.kernels.mlx.arrays import Values
 from mixbit.kernels.mlx.custom.experts import MAX_TOP_K, Experts, QuantizedMlp, Router
+from mixbit.kernels.mlx.custom.gated_delta import GatedDelta
 from mixbit.kernels.mlx.custom.launch import Launcher
 from mixbit.kernels.mlx.custom.matvec import MAX_TOKENS, BatchedMatvec, applies
 from mixbit.kernels.mlx.custom.norm import AddNorm as AddNormKernel
@@ -28,6 +29,7 @@ def custom_table(launcher: Launcher) -> Table:
         ops.BatchMatvec: BatchMatvec,
         ops.Moe: Moe,
         ops.AddNorm: AddNorm,
+        ops.GatedDelta: GatedDelta,
     }
     return {**STOCK, **{kind: partial(operation, launcher) for kind, operation in own.items()}}
 
