@@ -4,6 +4,7 @@
 #define inline __device__ __forceinline__
 
 #define threadgroup_position_in_grid blockIdx
+#define threadgroups_per_grid gridDim
 #define thread_position_in_threadgroup threadIdx
 #define simdgroup_index_in_threadgroup (threadIdx.x / 32)
 #define thread_index_in_simdgroup (threadIdx.x % 32)

@@ -15,7 +15,7 @@ class KvPool:
     """Keys and values of one attention layer: [blocks * block_size, kv_heads, head_dim] each."""
 
     def __init__(self, spec: AttentionSpec, cache: CacheConfig, dtype: mx.Dtype) -> None:
-        self._block_size = cache.block_size
+        self.block_size = cache.block_size
         shape = (cache.blocks * cache.block_size, spec.kv_heads, spec.head_dim)
         self._keys, self._values = mx.zeros(shape, dtype), mx.zeros(shape, dtype)
 
@@ -29,7 +29,7 @@ class KvPool:
         return self._pages(self._keys, group), self._pages(self._values, group)
 
     def _pages(self, pool: mx.array, group: Group) -> mx.array:
-        blocks = pool.reshape(-1, self._block_size, *pool.shape[1:])
+        blocks = pool.reshape(-1, self.block_size, *pool.shape[1:])
         pages = blocks[group.tables].reshape(len(group.slots), -1, *pool.shape[1:])
         return pages[:, : group.context].swapaxes(1, 2)
 

@@ -18,7 +18,8 @@ class HostMetalBackend:
     name = "metal-on-host"
 
     def __init__(self, host: HostMetal | None = None) -> None:
-        self.host = HostMetal() if host is None else host
+        pools = frozenset({"keys", "cached"})  # attention writes to them in place
+        self.host = HostMetal(in_place=pools) if host is None else host
 
     def unavailable(self) -> str | None:
         """Never."""

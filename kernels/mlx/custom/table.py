@@ -9,6 +9,7 @@ import mlx.core as mx
 from mixbit.kernels import ops
 from mixbit.kernels.mlx import feed_forward, rows
 from mixbit.kernels.mlx.arrays import Values
+from mixbit.kernels.mlx.custom.attention import Attention
 from mixbit.kernels.mlx.custom.experts import MAX_TOP_K, Experts, QuantizedMlp, Router
 from mixbit.kernels.mlx.custom.gated_delta import GatedDelta
 from mixbit.kernels.mlx.custom.launch import Launcher
@@ -29,6 +30,7 @@ def custom_table(launcher: Launcher) -> Table:
         ops.BatchMatvec: BatchMatvec,
         ops.Moe: Moe,
         ops.AddNorm: AddNorm,
+        ops.Attention: Attention,
         ops.GatedDelta: GatedDelta,
     }
     return {**STOCK, **{kind: partial(operation, launcher) for kind, operation in own.items()}}
