@@ -48,11 +48,11 @@ class Admission:
     def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
-        self._inside: set[str] = set()
+        self._inside: dict[str, Generation | None] = {}  # None while it is prepared
         self._lock = threading.Lock()
 
     def admit(self, message: Generate) -> Generation:
-        """The request, ready to run; it counts until `leave`. Raises RefusedError."""
+        """The request, ready to run; it counts until `end` or `abort`. Raises RefusedError."""
         with self._lock:
             if message.request_id in self._inside:
                 raise RefusedError("invalid_value", f"request {message.request_id!r} is already running", "request_id")
@@ -60,17 +60,24 @@ class Admission:
                 raise RefusedError(
                     "queue_full", f"{len(self._inside)} requests are running or waiting; no more are taken, try later"
                 )
-            self._inside.add(message.request_id)
+            self._inside[message.request_id] = None
         try:
-            return self._build(message)
+            generation = self._inside[message.request_id] = self._build(message)
         except BaseException:
-            self.leave(message.request_id)
+            self.abort(message.request_id)
             raise
+        return generation
 
-    def leave(self, request_id: str) -> None:
-        """The request has ended."""
+    def end(self, generation: Generation) -> None:
+        """Count a request no more. Another with its id, that came after an abort, still counts."""
         with self._lock:
-            self._inside.discard(request_id)
+            if self._inside.get(generation.request.request_id) is generation:
+                del self._inside[generation.request.request_id]
+
+    def abort(self, request_id: str) -> None:
+        """Make room for the next before the running step is over. The engine hears of the abort by itself."""
+        with self._lock:
+            self._inside.pop(request_id, None)
 
     def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Tokens of a text."""

@@ -93,6 +93,7 @@ class EngineClient:
         self._grace = grace  # seconds for the worker to end by itself
         self._worker: WorkerProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[str] | None = None
         self._settled = asyncio.Event()  # READY, FAILED or CLOSED
         self._answers: dict[str, asyncio.Future[Answer]] = {}
         self._streams: dict[str, Stream] = {}
@@ -166,6 +167,8 @@ class EngineClient:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
+        if self._ending is not None:
+            await self._ending
 
     def abort(self, request_id: str) -> None:
         """Forget a request and tell the worker to drop it. Unknown ids are ignored."""
@@ -212,7 +215,7 @@ class EngineClient:
         while True:
             self._ready_at = None
             ending = await self._run_worker()
-            if self.state is EngineState.FAILED:
+            if self.state in {EngineState.FAILED, EngineState.CLOSED}:
                 return
             lasted = 0.0 if self._ready_at is None else clock() - self._ready_at
             deaths = 1 if lasted >= self._restart.stable else deaths + 1
@@ -245,7 +248,9 @@ class EngineClient:
             if self.state is EngineState.READY:
                 self._enter(EngineState.RESTARTING, "the engine worker ended")
             self._fail_requests()
-            ending = await worker.end(grace)
+            # Not to be cancelled: a process must be waited for.
+            self._ending = asyncio.create_task(worker.end(grace), name="engine worker's end")
+            ending = await asyncio.shield(self._ending)
         return ending
 
     def _fail_requests(self) -> None:

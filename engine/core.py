@@ -49,8 +49,7 @@ class EngineCore:
 
     def abort(self, request_id: str) -> None:
         """Drop a request, wherever it is. Unknown ids are ignored."""
-        generation = self._generations.get(request_id)
-        if generation is not None:
+        if (generation := self._generations.get(request_id)) is not None:
             self._end(generation)
 
     def step(self) -> list[FromWorker]:
@@ -128,7 +127,7 @@ class EngineCore:
         request = generation.request
         self.scheduler.finish(request)
         del self._generations[request.request_id]
-        self.admission.leave(request.request_id)
+        self.admission.end(generation)
 
 
 def _deltas(request: Request, piece: Piece) -> list[FromWorker]:

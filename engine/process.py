@@ -30,7 +30,9 @@ class WorkerProcess:
     async def start(cls, config: EngineConfig) -> WorkerProcess:
         """Start `python -m mixbit.engine.worker`. What it prints goes to our stderr."""
         ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_connection(sock=ours)
         try:
+            # Last, so that nothing can be cancelled between the start of the process and its keeper.
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-P",  # the working directory may hold a folder named like one of ours
@@ -44,11 +46,10 @@ class WorkerProcess:
                 start_new_session=True,  # Ctrl-C is for the server, which tells the worker when to end
             )
         except BaseException:
-            ours.close()
+            writer.close()
             raise
         finally:
             theirs.close()
-        reader, writer = await asyncio.open_connection(sock=ours)
         return cls(process, reader, writer)
 
     async def read(self) -> FromWorker | None:

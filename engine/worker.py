@@ -86,6 +86,8 @@ class Inbox:
     def _handle(self, message: ToWorker | Unreadable) -> None:
         match message:
             case Abort():
+                if self._admission is not None:
+                    self._admission.abort(message.request_id)
                 self._items.put(message)
             case Shutdown():
                 pass

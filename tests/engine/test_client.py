@@ -1,0 +1,389 @@
+"""The client and the real worker process, over tiny models."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mixbit.engine.client import (
+    EngineClient,
+    EngineFailed,
+    EngineState,
+    RequestFailed,
+    RequestRefused,
+    RestartPolicy,
+)
+from mixbit.engine.config import EngineConfig
+from mixbit.engine.process import WorkerProcess, describe_exit
+from mixbit.engine.protocol import Delta, Finished, Generate, Progress, Sampling
+from mixbit.engine.stream import Stream
+from tests.checkpoints import VOCAB_SIZE, write_checkpoint
+
+GREEDY = Sampling(temperature=0)
+QUICK = RestartPolicy(first=0.01)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("models")
+    for model_type in ("llama", "qwen3_next"):
+        write_checkpoint(directory / model_type, model_type)
+    return {path.name: path for path in directory.iterdir()}
+
+
+@asynccontextmanager
+async def engine(model: Path, *, restart: RestartPolicy = QUICK, **settings: object) -> AsyncIterator[EngineClient]:
+    values = {"device": "cpu", "threads": 1, **settings}
+    async with EngineClient(EngineConfig(model=str(model), **values), restart=restart) as client:  # type: ignore[arg-type]
+        await client.wait_ready()
+        yield client
+
+
+def message(request_id: str = "a", prompt: str | list[int] = "the capital", **fields: object) -> Generate:
+    values = {"add_special_tokens": False, "sampling": GREEDY, "max_tokens": 10, "ignore_eos": True, **fields}
+    return Generate(request_id=request_id, prompt=prompt, **values)  # type: ignore[arg-type]
+
+
+async def complete(client: EngineClient, request: Generate) -> tuple[str, Finished]:
+    async with await client.generate(request) as completion:
+        events = [event async for event in completion]
+    *deltas, finished = events
+    assert isinstance(finished, Finished)
+    return "".join(delta.text for delta in deltas if isinstance(delta, Delta)), finished
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        await asyncio.sleep(0.01)
+
+
+async def test_the_model_is_described_when_it_is_ready(models: dict[str, Path]) -> None:
+    async with EngineClient(EngineConfig(model=str(models["llama"]), device="reference")) as client:
+        assert client.state is EngineState.STARTING
+        assert client.ready is None
+        await until(lambda: client.state is not EngineState.STARTING)
+        assert client.state in {EngineState.LOADING, EngineState.READY}
+        ready = await client.wait_ready()
+        assert client.state is EngineState.READY
+        assert client.ready is ready
+        assert client.progress is None
+        assert (ready.backend, ready.context_length, ready.vocab_size) == ("reference", 512, VOCAB_SIZE)
+        assert ready.weight_bytes > 0
+        assert ready.cache_bytes > 0
+        text, finished = await complete(client, message())
+        assert text
+        assert finished.usage.completion_tokens == 10
+    assert client.state is EngineState.CLOSED
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3_next"])
+async def test_the_text_of_a_request_does_not_depend_on_what_else_runs(models: dict[str, Path], model: str) -> None:
+    requests = [
+        message(
+            str(number),
+            prompt=[10 + number] * (1 + 37 * number % 90),
+            max_tokens=5 + number,
+            sampling=Sampling(temperature=0.8, top_p=0.9, seed=number) if number % 2 else GREEDY,
+        )
+        for number in range(12)
+    ]
+    async with engine(models[model], max_running=5, step_tokens=32) as client:
+        together = await asyncio.gather(*(complete(client, request) for request in requests))
+        alone = [await complete(client, request) for request in requests]
+    assert together == alone
+    for request, (_, finished) in zip(requests, together, strict=True):
+        assert finished.reason == "length"
+        assert finished.usage.prompt_tokens == len(request.prompt)
+        assert finished.usage.completion_tokens == request.max_tokens
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3_next"])
+async def test_memory_that_runs_short_does_not_change_the_text(models: dict[str, Path], model: str) -> None:
+    requests = [message(str(number), prompt=[10 + number] * 120, max_tokens=120) for number in range(4)]
+
+    async def texts(**settings: object) -> list[tuple[str, Finished]]:
+        async with engine(models[model], max_running=4, block_size=16, context_length=250, **settings) as client:
+            return list(await asyncio.gather(*(complete(client, request) for request in requests)))
+
+    ample = await texts()
+    # All four are admitted with their prompts, and cannot all grow to their ends.
+    async with engine(models[model], max_running=4, block_size=16, context_length=250) as client:
+        assert client.ready is not None
+        cache_bytes = client.ready.cache_bytes
+    assert await texts(cache_bytes=cache_bytes * 6 // 10) == ample
+
+
+async def test_the_same_seed_gives_the_same_text_and_another_does_not(models: dict[str, Path]) -> None:
+    async with engine(models["llama"]) as client:
+        texts = [
+            (await complete(client, message(max_tokens=30, sampling=Sampling(seed=seed))))[0] for seed in (1, 1, 2)
+        ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+async def test_leaving_a_stream_frees_its_place(models: dict[str, Path]) -> None:
+    async with engine(models["llama"], max_running=1, max_queue=0) as client:
+        async with await client.generate(message("long", max_tokens=500)) as completion:
+            async for _ in completion:
+                break
+            with pytest.raises(RequestRefused) as raised:
+                await client.generate(message("refused"))
+            assert raised.value.code == "queue_full"
+        # The worker takes the abort before the next request.
+        assert (await complete(client, message("next")))[1].usage.completion_tokens == 10
+        assert [event async for event in completion] == []
+
+
+async def test_cancelling_a_request_before_it_is_accepted_frees_its_place(models: dict[str, Path]) -> None:
+    async with engine(models["llama"], max_running=1, max_queue=0) as client:
+        task = asyncio.create_task(client.generate(message("long", max_tokens=500)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await complete(client, message("next")))[1].usage.completion_tokens == 10
+
+
+async def test_bad_requests_are_refused_and_harm_nobody(models: dict[str, Path]) -> None:
+    bad: list[tuple[dict[str, object], str, str]] = [
+        ({"prompt": [5] * 512}, "context_length_exceeded", "maximum context length is 512 tokens"),
+        ({"prompt": "ab\ud800"}, "invalid_value", "surrogate"),
+        ({"prompt": [2**80]}, "invalid_value", "cannot be sent"),
+        ({"prompt": [VOCAB_SIZE]}, "invalid_value", f"token {VOCAB_SIZE}"),
+        ({"prompt": ["a", "b"]}, "invalid_value", "prompt"),
+        ({"sampling": Sampling(temperature="hot")}, "invalid_value", "temperature"),  # type: ignore[arg-type]
+    ]
+    async with engine(models["llama"]) as client:
+        pid = client.pid
+        other = asyncio.create_task(complete(client, message("other", max_tokens=200)))
+        for fields, code, words in bad:
+            with pytest.raises(RequestRefused, match=words) as raised:
+                await client.generate(message(**fields))  # type: ignore[arg-type]
+            assert raised.value.code == code
+        assert (await other)[1].usage.completion_tokens == 200
+        assert client.pid == pid
+
+
+async def test_a_prompt_larger_than_the_memory_is_refused(models: dict[str, Path]) -> None:
+    settings = {"context_length": 512, "block_size": 16, "max_running": 1}
+    async with engine(models["llama"], **settings) as client:
+        assert client.ready is not None
+        whole = client.ready.cache_bytes
+    async with engine(models["llama"], **settings, cache_bytes=whole * 6 // 10) as client:
+        with pytest.raises(RequestRefused) as raised:
+            await client.generate(message(prompt=[5] * 400))
+        assert raised.value.code == "insufficient_memory"
+        await complete(client, message())
+    # Where no context was asked for, memory says what it is.
+    settings.pop("context_length")
+    async with engine(models["llama"], **settings, cache_bytes=whole * 6 // 10) as client:
+        assert client.ready is not None
+        assert 256 <= client.ready.context_length < 512
+        with pytest.raises(RequestRefused) as raised:
+            await client.generate(message(prompt=[5] * 400))
+        assert raised.value.code == "context_length_exceeded"
+
+
+async def test_tokenize_and_detokenize(models: dict[str, Path]) -> None:
+    async with engine(models["llama"]) as client:
+        tokens = await client.tokenize("What is the capital?", add_special_tokens=False)
+        assert await client.detokenize(tokens) == "What is the capital?"
+        with pytest.raises(RequestRefused) as raised:
+            await client.detokenize([VOCAB_SIZE])
+        assert (raised.value.code, raised.value.param) == ("invalid_value", "tokens")
+        with pytest.raises(RequestRefused, match="surrogate"):
+            await client.tokenize("\udfff", add_special_tokens=False)
+
+
+async def test_an_id_in_use_is_an_error(models: dict[str, Path]) -> None:
+    async with engine(models["llama"]) as client, await client.generate(message(max_tokens=100)):
+        with pytest.raises(ValueError, match="in use"):
+            await client.generate(message())
+
+
+async def test_a_killed_worker_fails_its_streams_at_once_and_is_started_again(models: dict[str, Path]) -> None:
+    async with engine(models["qwen3_next"]) as client:
+        first = client.pid
+        assert first is not None
+        async with await client.generate(message(max_tokens=400)) as completion:
+            await anext(aiter(completion))
+            os.kill(first, signal.SIGKILL)
+            start = time.monotonic()
+            with pytest.raises(RequestFailed) as raised:
+                async for _ in completion:
+                    pass
+        assert raised.value.code == "worker_died"
+        assert time.monotonic() - start < 5
+        assert client.state is EngineState.RESTARTING
+        with pytest.raises(RequestRefused) as refused:
+            await client.generate(message("early"))
+        assert refused.value.code == "not_ready"
+        await client.wait_ready()
+        assert client.pid != first
+        assert (await complete(client, message()))[1].usage.completion_tokens == 10
+
+
+async def test_a_request_that_was_not_yet_accepted_is_refused_when_the_worker_dies(models: dict[str, Path]) -> None:
+    async with engine(models["llama"]) as client:
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        with pytest.raises(RequestRefused) as raised:
+            await client.generate(message())
+        assert raised.value.code in {"worker_died", "not_ready"}
+
+
+async def test_a_worker_that_keeps_dying_is_given_up(models: dict[str, Path]) -> None:
+    async with engine(models["llama"], restart=RestartPolicy(first=0.01, attempts=1)) as client:
+        for _ in range(2):
+            await client.wait_ready()
+            assert client.pid is not None
+            os.kill(client.pid, signal.SIGKILL)
+            await until(lambda: client.state is not EngineState.READY)
+        await until(lambda: client.state is EngineState.FAILED)
+        with pytest.raises(EngineFailed, match=r"killed by SIGKILL.*2 times in a row"):
+            await client.wait_ready()
+
+
+def test_the_wait_before_a_restart_doubles_up_to_a_limit() -> None:
+    policy = RestartPolicy(first=0.5, longest=3.0)
+    assert [policy.delay(deaths) for deaths in (1, 2, 3, 4, 50)] == [0.5, 1.0, 2.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": "/no/such/model"}, "/no/such/model"),
+        ({"device": "abacus"}, "unknown device 'abacus'"),
+        ({"context_length": 100_000}, "context_length is 100000"),
+        ({"cache_bytes": 1000}, "the cache may take"),
+        ({"step_tokens": 3}, "step_tokens is 3"),
+        ({"dtype": "int4"}, "dtype is 'int4'"),
+    ],
+)
+async def test_a_model_that_cannot_be_loaded_says_why_and_is_not_tried_again(
+    models: dict[str, Path], settings: dict[str, object], words: str
+) -> None:
+    values = {"model": str(models["llama"]), "device": "cpu", **settings}
+    async with EngineClient(EngineConfig(**values)) as client:  # type: ignore[arg-type]
+        with pytest.raises(EngineFailed, match=words):
+            await client.wait_ready()
+        assert client.state is EngineState.FAILED
+        await until(lambda: client.pid is None)
+        with pytest.raises(RequestRefused, match=words):
+            await client.generate(message())
+
+
+async def test_closing_ends_streams_and_the_process(models: dict[str, Path]) -> None:
+    async with engine(models["llama"]) as client:
+        assert client.pid is not None
+        process = psutil.Process(client.pid)
+        completion = await client.generate(message(max_tokens=400))
+        await client.close()
+        assert client.state is EngineState.CLOSED
+        assert not process.is_running()
+        with pytest.raises(RequestFailed, match="closed"):
+            async for _ in completion:
+                pass
+        with pytest.raises(EngineFailed, match="closed"):
+            await client.wait_ready()
+
+
+async def test_closing_while_loading_ends_the_process(models: dict[str, Path]) -> None:
+    client = EngineClient(EngineConfig(model=str(models["llama"]), device="cpu"))
+    await client.start()
+    await until(lambda: client.pid is not None)
+    process = psutil.Process(client.pid)
+    await client.close()
+    assert not process.is_running()
+
+
+async def test_a_reader_that_lags_gets_all_the_text_in_few_deltas(models: dict[str, Path]) -> None:
+    async with engine(models["llama"]) as client:
+        expected, _ = await complete(client, message(max_tokens=300, logprobs=1))
+        async with await client.generate(message(max_tokens=300, logprobs=1)) as completion:
+            await complete(client, message("other", max_tokens=400))  # meanwhile the first has long ended
+            delta, finished = [event async for event in completion]
+    assert isinstance(delta, Delta)
+    assert isinstance(finished, Finished)
+    assert delta.text == expected
+    assert delta.token_count == len(delta.logprobs) == finished.usage.completion_tokens == 300
+
+
+async def test_deltas_that_nobody_reads_are_joined() -> None:
+    stream = Stream("a", abort=lambda request_id: None)
+    for number in range(10_000):
+        stream.push(Delta(request_id="a", text=f"{number},", token_count=1))
+    assert len(stream._deltas) < 100
+    assert (await anext(stream)).text == "".join(f"{number}," for number in range(10_000))  # type: ignore[union-attr]
+
+
+async def test_the_worker_leaves_ctrl_c_to_the_server(models: dict[str, Path]) -> None:
+    async with engine(models["llama"]) as client:
+        assert client.pid is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(client.pid, number)
+        assert (await complete(client, message()))[1].usage.completion_tokens == 10
+
+
+async def test_the_worker_ends_when_its_socket_closes(models: dict[str, Path]) -> None:
+    worker = await WorkerProcess.start(EngineConfig(model=str(models["llama"]), device="cpu"))
+    while isinstance(await worker.read(), Progress):
+        pass
+    worker._writer.close()
+    await worker._writer.wait_closed()
+    assert await asyncio.wait_for(worker.process.wait(), 20) == 0
+
+
+_SERVER = """
+import asyncio, sys
+from mixbit.engine.client import EngineClient
+from mixbit.engine.config import EngineConfig
+
+async def main():
+    client = EngineClient(EngineConfig(model=sys.argv[1], device="cpu"))
+    await client.start()
+    await client.wait_ready()
+    print(client.pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+async def test_the_worker_dies_with_a_server_that_is_killed(models: dict[str, Path]) -> None:
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-c", _SERVER, str(models["llama"]), stdout=asyncio.subprocess.PIPE
+    )
+    assert server.stdout is not None
+    worker = psutil.Process(int(await asyncio.wait_for(server.stdout.readline(), 30)))
+    server.kill()
+    await server.wait()
+    await until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+
+async def test_what_the_client_imports_is_light() -> None:
+    code = "import sys, mixbit.engine.client; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-c", code, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    assert b"'mixbit'" in output
+    assert not {name for name in ("numpy", "mlx", "tokenizers", "ml_dtypes") if f"'{name}'".encode() in output}
+
+
+def test_exits_are_described_in_words() -> None:
+    assert describe_exit(3) == "exited with status 3"
+    assert describe_exit(-11) == "was killed by SIGSEGV"
+    assert describe_exit(-9) == "was killed by SIGKILL (out of memory?)"
+    assert describe_exit(-999) == "was killed by signal 999"
