@@ -10,13 +10,11 @@ from pathlib import Path
 from mixbit.engine.checkpoint import Checkpoint, Progress, open_checkpoint
 from mixbit.engine.errors import CheckpointError
 from mixbit.engine.fields import Fields
-from mixbit.engine.models import MODELS
+from mixbit.engine.models import MODELS, supported_type
 from mixbit.engine.quantization import Quantization, parse_quantization
 from mixbit.engine.weights import Binding, Weights
 from mixbit.kernels.ops import Program, ProgramBuilder
 
-# Text models inside vision checkpoints carry a type of their own.
-_SAME_TYPE = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 _UNSTACKED = re.compile(r"\.mlp\.experts\.(\d+\.|gate_up_proj)")
 
 
@@ -74,16 +72,17 @@ def load(path: Path, *, top_k_experts: int | None = None, progress: Progress | N
 def _text_config(checkpoint: Checkpoint) -> tuple[str, Fields]:
     """The model type and the config of the text model: the whole file, or its `text_config`."""
     config = Fields(checkpoint.config, str(checkpoint.path / "config.json"))
-    stored = config.get("model_type")
-    model_type = _SAME_TYPE.get(stored, stored) if isinstance(stored, str) else ""
-    if model_type not in MODELS:
+    model_type = supported_type(config.get("model_type"))
+    if model_type is None:
         raise config.error("model_type", f"one of the supported: {', '.join(MODELS)}")
-    text = config.section("text_config")
-    if text is None:
-        return model_type, config
-    tied = config.get("tie_word_embeddings")
-    shared = {} if tied is None else {"tie_word_embeddings": tied}
-    return model_type, Fields({**shared, **text.values}, text.source)
+    text = config.section("text_config") or config
+    # Where the text model does not say, the whole does; and transformers writes the experts' count under two names.
+    inherited = {
+        "tie_word_embeddings": config.get("tie_word_embeddings"),
+        "num_experts": text.get("num_local_experts"),
+    }
+    given = {name: value for name, value in text.values.items() if value is not None}
+    return model_type, Fields({**inherited, **given}, text.source)
 
 
 def _override_top_k(config: Fields, top_k: int | None) -> Fields:

@@ -23,7 +23,7 @@ from mixbit.engine.convert.sources import Source
 from mixbit.engine.convert.widths import DEFAULT_GROUP_SIZE, Override, Width, WidthRules, quantization_section
 from mixbit.engine.convert.writer import SHARD_BYTES, Array, Item, Progress, TensorInfo, write_model
 from mixbit.engine.loader import load
-from mixbit.engine.models import MODELS
+from mixbit.engine.models import MODELS, supported_type
 from mixbit.kernels.quantize import quantize
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -104,10 +104,11 @@ def convert_checkpoint(
 
 
 def _model_type(checkpoint: Checkpoint) -> str:
-    name = str(checkpoint.config.get("model_type"))
-    if name not in MODELS:
+    stored = checkpoint.config.get("model_type")
+    name = supported_type(stored)
+    if name is None:
         raise ConvertError(
-            f"{checkpoint.path}: model_type {name!r} cannot be converted; supported: {', '.join(MODELS)}"
+            f"{checkpoint.path}: model_type {str(stored)!r} cannot be converted; supported: {', '.join(MODELS)}"
         )
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method is not None and "quantization" not in checkpoint.config:

@@ -46,3 +46,12 @@ MODELS: Mapping[str, type[Model]] = {
     "qwen3_5": Qwen35,
     "qwen3_5_moe": Qwen35Moe,
 }
+
+# The text models of vision checkpoints carry a type of their own.
+_SAME_TYPE = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
+
+
+def supported_type(model_type: object) -> str | None:
+    """The key of MODELS that a checkpoint's model_type means, or None if it is not supported."""
+    name = _SAME_TYPE.get(model_type, model_type) if isinstance(model_type, str) else None
+    return name if name in MODELS else None

@@ -226,6 +226,13 @@ def test_active_experts_of_a_dense_model(tmp_path: Path) -> None:
     assert "the model has no experts" in refusal(write_checkpoint(tmp_path, "llama"), top_k_experts=2)
 
 
+def test_the_other_name_of_the_experts_count(qwen3_moe: Path) -> None:
+    edit_config(qwen3_moe, num_experts=None, num_local_experts=8)
+    assert load(qwen3_moe, top_k_experts=2).model_type == "qwen3_moe"
+    edit_config(qwen3_moe, num_local_experts=None)
+    assert "num_experts is missing" in refusal(qwen3_moe)
+
+
 # --- layouts and types ---
 
 
