@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -41,16 +42,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @asynccontextmanager
-async def engine(model: Path, *, restart: RestartPolicy = QUICK, **settings: object) -> AsyncIterator[EngineClient]:
-    values = {"device": "cpu", "threads": 1, **settings}
-    async with EngineClient(EngineConfig(model=str(model), **values), restart=restart) as client:  # type: ignore[arg-type]
+async def engine(model: Path, *, restart: RestartPolicy = QUICK, **settings: Any) -> AsyncIterator[EngineClient]:
+    values: dict[str, Any] = {"device": "cpu", "threads": 1, **settings}
+    async with EngineClient(EngineConfig(model=str(model), **values), restart=restart) as client:
         await client.wait_ready()
         yield client
 
 
-def message(request_id: str = "a", prompt: str | list[int] = "the capital", **fields: object) -> Generate:
-    values = {"add_special_tokens": False, "sampling": GREEDY, "max_tokens": 10, "ignore_eos": True, **fields}
-    return Generate(request_id=request_id, prompt=prompt, **values)  # type: ignore[arg-type]
+def message(request_id: str = "a", prompt: str | list[int] = "the capital", **fields: Any) -> Generate:
+    values: dict[str, Any] = {
+        "add_special_tokens": False,
+        "sampling": GREEDY,
+        "max_tokens": 10,
+        "ignore_eos": True,
+        **fields,
+    }
+    return Generate(request_id=request_id, prompt=prompt, **values)
 
 
 async def complete(client: EngineClient, request: Generate) -> tuple[str, Finished]:
@@ -59,6 +66,14 @@ async def complete(client: EngineClient, request: Generate) -> tuple[str, Finish
     *deltas, finished = events
     assert isinstance(finished, Finished)
     return "".join(delta.text for delta in deltas if isinstance(delta, Delta)), finished
+
+
+def alive(pid: int | None) -> bool:
+    assert pid is not None
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)  # type: ignore[no-untyped-call]
+    except psutil.NoSuchProcess:
+        return False
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -70,12 +85,12 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 async def test_the_model_is_described_when_it_is_ready(models: dict[str, Path]) -> None:
     async with EngineClient(EngineConfig(model=str(models["llama"]), device="reference")) as client:
-        assert client.state is EngineState.STARTING
-        assert client.ready is None
-        await until(lambda: client.state is not EngineState.STARTING)
-        assert client.state in {EngineState.LOADING, EngineState.READY}
+        states: list[str] = []
+        while not states or states[-1] != "ready":
+            states.append(str(client.state))
+            await asyncio.sleep(0.002)
+        assert list(dict.fromkeys(states)) in (["starting", "loading", "ready"], ["starting", "ready"])
         ready = await client.wait_ready()
-        assert client.state is EngineState.READY
         assert client.ready is ready
         assert client.progress is None
         assert (ready.backend, ready.context_length, ready.vocab_size) == ("reference", 512, VOCAB_SIZE)
@@ -84,7 +99,6 @@ async def test_the_model_is_described_when_it_is_ready(models: dict[str, Path]) 
         text, finished = await complete(client, message())
         assert text
         assert finished.usage.completion_tokens == 10
-    assert client.state is EngineState.CLOSED
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3_next"])
@@ -112,7 +126,7 @@ async def test_the_text_of_a_request_does_not_depend_on_what_else_runs(models: d
 async def test_memory_that_runs_short_does_not_change_the_text(models: dict[str, Path], model: str) -> None:
     requests = [message(str(number), prompt=[10 + number] * 120, max_tokens=120) for number in range(4)]
 
-    async def texts(**settings: object) -> list[tuple[str, Finished]]:
+    async def texts(**settings: Any) -> list[tuple[str, Finished]]:
         async with engine(models[model], max_running=4, block_size=16, context_length=250, **settings) as client:
             return list(await asyncio.gather(*(complete(client, request) for request in requests)))
 
@@ -156,7 +170,7 @@ async def test_cancelling_a_request_before_it_is_accepted_frees_its_place(models
 
 
 async def test_bad_requests_are_refused_and_harm_nobody(models: dict[str, Path]) -> None:
-    bad: list[tuple[dict[str, object], str, str]] = [
+    bad: list[tuple[dict[str, Any], str, str]] = [
         ({"prompt": [5] * 512}, "context_length_exceeded", "maximum context length is 512 tokens"),
         ({"prompt": "ab\ud800"}, "invalid_value", "surrogate"),
         ({"prompt": [2**80]}, "invalid_value", "cannot be sent"),
@@ -169,14 +183,14 @@ async def test_bad_requests_are_refused_and_harm_nobody(models: dict[str, Path])
         other = asyncio.create_task(complete(client, message("other", max_tokens=200)))
         for fields, code, words in bad:
             with pytest.raises(RequestRefused, match=words) as raised:
-                await client.generate(message(**fields))  # type: ignore[arg-type]
+                await client.generate(message(**fields))
             assert raised.value.code == code
         assert (await other)[1].usage.completion_tokens == 200
         assert client.pid == pid
 
 
 async def test_a_prompt_larger_than_the_memory_is_refused(models: dict[str, Path]) -> None:
-    settings = {"context_length": 512, "block_size": 16, "max_running": 1}
+    settings: dict[str, Any] = {"context_length": 512, "block_size": 16, "max_running": 1}
     async with engine(models["llama"], **settings) as client:
         assert client.ready is not None
         whole = client.ready.cache_bytes
@@ -272,10 +286,10 @@ def test_the_wait_before_a_restart_doubles_up_to_a_limit() -> None:
     ],
 )
 async def test_a_model_that_cannot_be_loaded_says_why_and_is_not_tried_again(
-    models: dict[str, Path], settings: dict[str, object], words: str
+    models: dict[str, Path], settings: dict[str, Any], words: str
 ) -> None:
-    values = {"model": str(models["llama"]), "device": "cpu", **settings}
-    async with EngineClient(EngineConfig(**values)) as client:  # type: ignore[arg-type]
+    values: dict[str, Any] = {"model": str(models["llama"]), "device": "cpu", **settings}
+    async with EngineClient(EngineConfig(**values)) as client:
         with pytest.raises(EngineFailed, match=words):
             await client.wait_ready()
         assert client.state is EngineState.FAILED
@@ -286,12 +300,12 @@ async def test_a_model_that_cannot_be_loaded_says_why_and_is_not_tried_again(
 
 async def test_closing_ends_streams_and_the_process(models: dict[str, Path]) -> None:
     async with engine(models["llama"]) as client:
-        assert client.pid is not None
-        process = psutil.Process(client.pid)
+        pid = client.pid
+        assert alive(pid)
         completion = await client.generate(message(max_tokens=400))
         await client.close()
         assert client.state is EngineState.CLOSED
-        assert not process.is_running()
+        assert not alive(pid)
         with pytest.raises(RequestFailed, match="closed"):
             async for _ in completion:
                 pass
@@ -303,9 +317,10 @@ async def test_closing_while_loading_ends_the_process(models: dict[str, Path]) -
     client = EngineClient(EngineConfig(model=str(models["llama"]), device="cpu"))
     await client.start()
     await until(lambda: client.pid is not None)
-    process = psutil.Process(client.pid)
+    pid = client.pid
+    assert alive(pid)
     await client.close()
-    assert not process.is_running()
+    assert not alive(pid)
 
 
 async def test_a_reader_that_lags_gets_all_the_text_in_few_deltas(models: dict[str, Path]) -> None:
@@ -366,10 +381,11 @@ async def test_the_worker_dies_with_a_server_that_is_killed(models: dict[str, Pa
         sys.executable, "-P", "-c", _SERVER, str(models["llama"]), stdout=asyncio.subprocess.PIPE
     )
     assert server.stdout is not None
-    worker = psutil.Process(int(await asyncio.wait_for(server.stdout.readline(), 30)))
+    worker = int(await asyncio.wait_for(server.stdout.readline(), 30))
+    assert alive(worker)
     server.kill()
     await server.wait()
-    await until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    await until(lambda: not alive(worker))
 
 
 async def test_what_the_client_imports_is_light() -> None:

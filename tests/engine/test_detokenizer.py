@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,8 +45,8 @@ def test_joined_pieces_are_the_full_decoding(tokens: list[int]) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="the catab ☃日é\n", max_size=20))
 def test_joined_pieces_of_byte_fallback_are_the_text(text: str) -> None:
-    tokens = [
-        BYTE_FALLBACK._base.token_to_id(name)
+    tokens: list[int] = [
+        BYTE_FALLBACK._base.token_to_id(name)  # type: ignore[misc]
         for character in text.replace(" ", "▁")
         for name in ([character] if character in "▁at" else [f"<0x{byte:02X}>" for byte in character.encode()])
     ]

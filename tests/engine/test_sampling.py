@@ -23,7 +23,7 @@ def random_logits(size: int, seed: int = 0, spread: float = 2.0) -> Floats:
 
 def softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     weights = np.exp(logits - logits.max())
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum())
 
 
 def plain_penalties(logits: Floats, sampling: Sampling, prompt: list[int], output: list[int]) -> Floats:

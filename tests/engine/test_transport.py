@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from mixbit.engine.protocol import Abort, Delta, FromWorker, Generate, Sampling, Shutdown
+from mixbit.engine.protocol import Abort, Delta, FromWorker, Generate, Sampling, Shutdown, ToWorker
 from mixbit.engine.transport import ProtocolError, Unreadable, WorkerSocket, encode
 
 GENERATE = Generate(
@@ -40,7 +40,7 @@ def read_all(sock: socket.socket, count: int) -> list[FromWorker]:
 
 def test_messages_arrive_whole_and_in_order(pair: tuple[WorkerSocket, socket.socket]) -> None:
     worker, server = pair
-    sent = [GENERATE, Abort(request_id="a"), Shutdown()]
+    sent: list[ToWorker] = [GENERATE, Abort(request_id="a"), Shutdown()]
     threading.Thread(target=server.sendall, args=(b"".join(map(encode, sent)),), daemon=True).start()
     received = worker.receive()
     assert [next(received) for _ in sent] == sent
