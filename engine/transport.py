@@ -127,10 +127,12 @@ class WorkerSocket:
             self._lock.wait_for(lambda: not self._backlog, timeout)
 
     def _write_backlog(self) -> None:
+        writable = select.poll()  # not select: the descriptor may be above 1,023
+        writable.register(self._socket, select.POLLOUT)
         while True:
             with self._lock:
                 self._lock.wait_for(lambda: bool(self._backlog))
-            select.select([], [self._socket], [])
+            writable.poll()
             with self._lock:
                 try:
                     del self._backlog[: self._socket.send(self._backlog[: 1 << 18], socket.MSG_DONTWAIT)]
