@@ -101,7 +101,7 @@ def _load_base(path: Path) -> BaseTokenizer:
     if not any((path / name).is_file() for name in known):
         raise TokenizerError(f"{path}: no tokenizer.json; the model's text cannot be tokenized without it")
     try:
-        from transformers import AutoTokenizer  # noqa: PLC0415 (slow to import, rarely needed)
+        from transformers import AutoTokenizer  # slow to import, rarely needed
 
         loaded: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
         base = loaded.backend_tokenizer
