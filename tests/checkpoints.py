@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mixbit.kernels.reference.quantize import quantize
+from mixbit.kernels.quantize import quantize
 
 Array = npt.NDArray[Any]
 Width = tuple[int, int]  # bits, group size
@@ -180,7 +180,7 @@ def _write_weights(directory: Path, tensors: dict[str, Array], shards: int) -> N
     if shards == 1:
         write_safetensors(directory / "model.safetensors", tensors)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     names = list(tensors)
     for shard in range(shards):
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"

@@ -32,7 +32,7 @@ def refusal(path: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-def edit_tensors(path: Path, edit: Callable[[dict[str, np.ndarray]], None]) -> None:
+def edit_tensors(path: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> None:
     tensors = {tensor.name: tensor.array().copy() for tensor in open_checkpoint(path).tensors.values()}
     edit(tensors)
     write_safetensors(path / "model.safetensors", tensors)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mixbit.engine.errors import CheckpointError
 from mixbit.engine.safetensors import MAX_HEADER_BYTES, open_safetensors
-from tests.checkpoints import write_safetensors
+from tests.checkpoints import Array, write_safetensors
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
@@ -34,7 +34,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_reads_what_was_written(file: Path) -> None:
-    tensors = {
+    tensors: dict[str, Array] = {
         "byte": np.arange(3, dtype=np.uint8),  # leaves the ones that follow unaligned
         "words": np.arange(8, dtype=np.uint32).reshape(2, 4),
         "bf16": np.arange(6).astype(ml_dtypes.bfloat16).reshape(3, 2),

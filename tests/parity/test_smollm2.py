@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx import nn
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx.utils import tree_map_with_path
 from mlx_lm.utils import load_model
 from tokenizers import Tokenizer
@@ -60,11 +61,11 @@ def prompts(demo_checkpoint: Path) -> list[list[int]]:
     return [list(tokenizer.encode(text, add_special_tokens=False).ids) for text in (*chats, *BEGINNINGS)]
 
 
-class NumpyMatrix(nn.Module):
+class NumpyMatrix(Module):
     """A quantized linear layer or embedding, as a float32 matrix that NumPy multiplies."""
 
     def __init__(self, quantized: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         parts = quantized.weight, quantized.scales.astype(mx.float32), quantized.biases.astype(mx.float32)
         self._matrix = np.array(mx.dequantize(*parts, quantized.group_size, quantized.bits))
 
@@ -86,14 +87,14 @@ class NumpyEmbedding(NumpyMatrix):
 @pytest.fixture(scope="module")
 def mlx_lm_model(demo_checkpoint: Path) -> Any:
     def replace(path: str, module: Any) -> Any:
-        if isinstance(module, nn.QuantizedLinear):
+        if isinstance(module, QuantizedLinear):
             return NumpyLinear(module)
-        return NumpyEmbedding(module) if isinstance(module, nn.QuantizedEmbedding) else module
+        return NumpyEmbedding(module) if isinstance(module, QuantizedEmbedding) else module
 
     with mx.stream(mx.cpu):
         model, _ = load_model(demo_checkpoint, lazy=True)
         model.set_dtype(mx.float32)
-        model.update_modules(tree_map_with_path(replace, model.leaf_modules(), is_leaf=nn.Module.is_module))
+        model.update_modules(tree_map_with_path(replace, model.leaf_modules(), is_leaf=Module.is_module))
         mx.eval(model.parameters())
     return model
 

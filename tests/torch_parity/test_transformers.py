@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
+import torch  # type: ignore[import-not-found]
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mixbit.engine.convert.requantize import ConvertOptions, convert_checkpoint
@@ -48,7 +48,8 @@ def randomize(model: torch.nn.Module) -> None:
 def make(directory: Path, model_type: str, changes: Mapping[str, Any]) -> tuple[Path, npt.NDArray[np.float32]]:
     """(a directory that our loader takes, transformers' logits of TOKENS)."""
     config = AutoConfig.for_model(_TEXT_TYPES.get(model_type, model_type), **{**CONFIGS[model_type], **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(config, **options).eval()  # type: ignore[no-untyped-call]
     randomize(model)
     model.save_pretrained(directory / "saved")
     with torch.no_grad():
