@@ -43,7 +43,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 # --- server to worker ---
 
 
-class Generate(Message):
+class Generate(Message, frozen=True):
     """Start one completion. Answered by Accepted or Refused, then Deltas, then Finished or Failed."""
 
     request_id: str
@@ -56,13 +56,13 @@ class Generate(Message):
     logprobs: int | None = None  # None: off; n: the chosen token and the n most likely
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """Stop a request and free what it holds. Nothing more is sent for it. Unknown ids are ignored."""
 
     request_id: str
 
 
-class Tokenize(Message):
+class Tokenize(Message, frozen=True):
     """Answered by Tokenized."""
 
     request_id: str
@@ -70,14 +70,14 @@ class Tokenize(Message):
     add_special_tokens: bool
 
 
-class Detokenize(Message):
+class Detokenize(Message, frozen=True):
     """Answered by Detokenized, or Refused if a token is out of range."""
 
     request_id: str
     tokens: list[int]
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True):
     """Finish nothing, free the device, exit 0."""
 
 
@@ -87,7 +87,7 @@ ToWorker = Generate | Abort | Tokenize | Detokenize | Shutdown
 # --- worker to server ---
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """While loading: what is being done and how far it is."""
 
     stage: str
@@ -95,7 +95,7 @@ class Progress(Message):
     total: int
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """The model is loaded."""
 
     context_length: int  # tokens, prompt and output together
@@ -107,20 +107,20 @@ class Ready(Message):
     load_seconds: float
 
 
-class LoadFailed(Message):
+class LoadFailed(Message, frozen=True):
     """The model cannot be loaded; starting again would not help. The worker exits 1."""
 
     message: str
 
 
-class Accepted(Message):
+class Accepted(Message, frozen=True):
     """The prompt is tokenized and within the limits; the request is queued."""
 
     request_id: str
     prompt_tokens: int
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The request was not taken."""
 
     request_id: str
@@ -144,7 +144,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[TokenLogprob]
 
 
-class Delta(Message):
+class Delta(Message, frozen=True):
     """New text of a request: whole UTF-8 characters, nothing that could still become a stop string."""
 
     request_id: str
@@ -161,7 +161,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
 
 
-class Finished(Message):
+class Finished(Message, frozen=True):
     """The request ended by itself."""
 
     request_id: str
@@ -170,7 +170,7 @@ class Finished(Message):
     stop: str | None = None  # the stop string that ended it
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """The request ended by an error. Others go on."""
 
     request_id: str
@@ -178,14 +178,14 @@ class Failed(Message):
     message: str
 
 
-class Tokenized(Message):
+class Tokenized(Message, frozen=True):
     """Answer to Tokenize."""
 
     request_id: str
     tokens: list[int]
 
 
-class Detokenized(Message):
+class Detokenized(Message, frozen=True):
     """Answer to Detokenize."""
 
     request_id: str
