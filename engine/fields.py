@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from mixbit.engine.errors import CheckpointError
 
 _LARGEST = 2**31 - 1
+_LARGEST_NUMBER = 1e12
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None = None, *, minimum: float = 0.0) -> float:
-        """A finite number, not below the minimum."""
+        """A finite number, not below the minimum and of a sane size."""
         value = self.get(name)
         if value is None and default is not None:
             return default
-        valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not valid or value < minimum:
-            raise self.error(name, f"a finite number, at least {minimum:g}")
+        valid = isinstance(value, int | float) and not isinstance(value, bool)
+        if not valid or not minimum <= value <= _LARGEST_NUMBER:
+            raise self.error(name, f"a number from {minimum:g} to {_LARGEST_NUMBER:g}")
         return float(value)
 
     def boolean(self, name: str, default: bool | None = None) -> bool:
