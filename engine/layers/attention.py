@@ -66,6 +66,8 @@ def refuse_sliding_window(config: Fields) -> None:
     """Raise CheckpointError if a layer attends to fewer tokens than the context holds."""
     kinds = config.get("layer_types")
     if kinds is not None:
+        if not isinstance(kinds, list):
+            raise config.error("layer_types", "a list")
         windowed = "sliding_attention" in kinds
     else:
         first = config.integer("max_window_layers", 0, minimum=0)

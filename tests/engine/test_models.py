@@ -48,6 +48,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"sliding_window": 64, "layer_types": ["sliding_attention"] * 3},
         "sliding_window is 64; expected none, or",
     ),
+    ("qwen3", {"layer_types": 5}, "layer_types is 5; expected a list"),
     ("qwen2", {"rope_theta": None}, "rope_theta is missing; expected a number"),
     (
         "qwen2",
