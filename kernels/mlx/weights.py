@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mixbit.kernels.mlx.arrays import to_device
+from mixbit.kernels.reference.packing import pack, unpack
 from mixbit.kernels.spec import DenseTensor, Matrix, QuantizedTensor
+
+# Detours around MLX 0.32.4's CUDA build, each for a failure of the op tests there: it has no 1-bit codes, its
+# float32 product of more than 32 rows cannot be launched with groups of 128, and its gather_mm of dense
+# experts was wrong once it was told that the indices are sorted.
+_CUDA = mx.cuda.is_available()
+_CUDA_ROWS = 32
 
 
 class Weight(Protocol):
@@ -41,6 +48,8 @@ class QuantizedWeight:
 
     def apply(self, x: mx.array) -> mx.array:
         """x [..., in] -> [..., out]."""
+        if _CUDA and x.dtype == mx.float32 and self.group_size == 128 and x.size > _CUDA_ROWS * x.shape[-1]:
+            return x @ self._expanded().T
         return mx.quantized_matmul(
             x, self.codes, self.scales, self.biases, transpose=True, group_size=self.group_size, bits=self.bits
         )
@@ -65,6 +74,9 @@ class QuantizedWeight:
             self.codes[index], self.scales[index], self.biases[index], group_size=self.group_size, bits=self.bits
         )
 
+    def _expanded(self) -> mx.array:
+        return mx.dequantize(self.codes, self.scales, self.biases, group_size=self.group_size, bits=self.bits)
+
 
 @dataclass(frozen=True, eq=False)
 class DenseWeight:
@@ -78,7 +90,8 @@ class DenseWeight:
 
     def gather(self, x: mx.array, experts: mx.array, *, ordered: bool) -> mx.array:
         """See Weight.gather."""
-        return mx.gather_mm(x, self.data.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=ordered)
+        matrices = self.data.swapaxes(-1, -2)
+        return mx.gather_mm(x, matrices, rhs_indices=experts, sorted_indices=ordered and not _CUDA)
 
     def rows(self, index: mx.array) -> mx.array:
         """The rows [n, in] at index [n]."""
@@ -96,11 +109,12 @@ class Weights:
     def matrix(self, matrix: Matrix) -> Weight:
         """The matrix on the device."""
         if isinstance(matrix, QuantizedTensor):
+            widened = _CUDA and matrix.bits == 1
             return QuantizedWeight(
-                self._place(matrix.weight, None),
+                self._widened(matrix.weight) if widened else self._place(matrix.weight, None),
                 self._place(matrix.scales, self.dtype),
                 self._place(matrix.biases, self.dtype),
-                matrix.bits,
+                2 if widened else matrix.bits,
                 matrix.group_size,
             )
         return DenseWeight(self._place(matrix.data, self.dtype))
@@ -108,6 +122,13 @@ class Weights:
     def vector(self, tensor: DenseTensor, dtype: mx.Dtype | None = None) -> mx.array:
         """A dense tensor on the device, in `dtype` or else the dtype of the activations."""
         return self._place(tensor.data, self.dtype if dtype is None else dtype)
+
+    def _widened(self, words: npt.NDArray[np.uint32]) -> mx.array:
+        """1-bit codes as 2-bit ones: the same values in twice the memory."""
+        key = (words.ctypes.data, words.shape, "widened")
+        if key not in self._placed:
+            self._placed[key] = to_device(pack(unpack(words, 1), 2))
+        return self._placed[key]
 
     def _place(self, array: npt.NDArray[Any], dtype: mx.Dtype | None) -> mx.array:
         key = (array.ctypes.data, array.shape, array.dtype, dtype)

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from mixbit.kernels.executor import ExecutorOptions
+from mixbit.kernels.mlx import weights as weights_module
 from mixbit.kernels.mlx.backend import MlxBackend
 from mixbit.kernels.mlx.executor import activation_dtype
 from mixbit.kernels.mlx.step import Step
 from mixbit.kernels.mlx.weights import Weights
 from mixbit.kernels.ops import ProgramBuilder
 from mixbit.kernels.spec import BatchMatvecSpec
-from tests.kernels.builders import CACHE, DTYPES, Sequences, Tensors, all_rows, program_of
+from tests.kernels.builders import CACHE, DTYPES, Sequences, Tensors, all_rows, assert_close, program_of
 
 
 @pytest.mark.parametrize("name", ["metal", "cuda", "mlx-cpu"])
@@ -78,6 +79,25 @@ def test_activations_in_the_dtype_asked_for(dtype: str, tolerance: float) -> Non
     assert error < tolerance
     if dtype != "float32":
         assert error > 1e-5  # it did compute in the narrow dtype
+
+
+@pytest.mark.parametrize("bits", [None, 1, 4])
+def test_detours_that_cuda_needs_change_no_value(monkeypatch: pytest.MonkeyPatch, bits: int | None) -> None:
+    """1-bit codes widened, many float32 rows with groups of 128, dense experts: as without the detours."""
+    tensors = Tensors()
+    single = tensors.matrix(16, 128, bits=bits, group_size=128)
+    stack = tensors.matrix(4, 16, 128, bits=bits, group_size=128)
+    x = mx.array(tensors.values(40, 128))
+    experts = mx.sort(mx.array(tensors.rng.integers(0, 4, 40)))
+    results = []
+    for cuda in (False, True):
+        monkeypatch.setattr(weights_module, "_CUDA", cuda)
+        weights = Weights(mx.float32)
+        one, many = weights.matrix(single), weights.matrix(stack)
+        parts = (one.apply(x), one.rows(mx.array([3, 1])), many.gather(x[:, None], experts, ordered=True))
+        results.append([np.array(part) for part in parts])
+    for plain, detour in zip(*results, strict=True):
+        assert_close(detour, plain)
 
 
 def test_an_array_is_placed_once() -> None:
