@@ -33,7 +33,7 @@ class MlxBackend:
         if importlib.util.find_spec("mlx") is None:
             return "mlx is not installed"
         try:
-            import mlx.core as mx  # noqa: PLC0415
+            import mlx.core as mx
         except ImportError as error:  # a GPU build without its driver's libraries
             return f"mlx cannot be imported: {error}"
         if self.name == "metal" and not mx.metal.is_available():
@@ -44,7 +44,7 @@ class MlxBackend:
 
     def describe(self) -> str:
         """The device as MLX names it."""
-        import mlx.core as mx  # noqa: PLC0415
+        import mlx.core as mx
 
         device = mx.Device(self._device(), 0)
         name = mx.device_info(device).get("device_name", "unknown device")
@@ -52,12 +52,12 @@ class MlxBackend:
 
     def compile(self, program: Program, cache: CacheConfig, options: ExecutorOptions) -> MlxExecutor:
         """Copy the weights to the device (on the CPU in float32) and allocate the pools."""
-        from mixbit.kernels.mlx.executor import MlxExecutor  # noqa: PLC0415
-        from mixbit.kernels.mlx.stock import STOCK  # noqa: PLC0415
+        from mixbit.kernels.mlx.executor import MlxExecutor
+        from mixbit.kernels.mlx.stock import STOCK
 
         return MlxExecutor(program, cache, options, self._device(), STOCK)
 
     def _device(self) -> mx.DeviceType:
-        import mlx.core as mx  # noqa: PLC0415
+        import mlx.core as mx
 
         return mx.cpu if self.name == "mlx-cpu" else mx.gpu
