@@ -7,6 +7,7 @@ import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from mixbit.engine.constraint import GrammarCompiler, GrammarError
 from mixbit.engine.detokenizer import Detokenizer
 from mixbit.engine.protocol import ErrorCode, Generate, Sampling
 from mixbit.engine.request import Request
@@ -47,6 +48,7 @@ class Admission:
 
     def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
         self._tokenizer = tokenizer
+        self._grammars = GrammarCompiler(tokenizer, limits.vocab_size)
         self._limits = limits
         self._inside: dict[str, Generation | None] = {}  # None while it is prepared
         self._lock = threading.Lock()
@@ -101,10 +103,14 @@ class Admission:
         longest = self._longest(len(tokens))
         if message.max_tokens is not None:
             longest = min(longest, len(tokens) + message.max_tokens)
+        try:
+            constraint = None if message.grammar is None else self._grammars.compile(message.grammar)
+        except GrammarError as error:
+            raise RefusedError("invalid_value", str(error), error.param) from None
         return Generation(
             Request(message.request_id, list(tokens), prompt_tokens=len(tokens), max_length=longest),
-            Sampler(message.sampling, tokens, logprobs=message.logprobs),
-            Detokenizer(self._tokenizer, message.stop),
+            Sampler(message.sampling, tokens, logprobs=message.logprobs, constraint=constraint),
+            Detokenizer(self._tokenizer, message.stop, message.shown_tokens),
             frozenset() if message.ignore_eos else self._tokenizer.eos_ids,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy.typing as npt
 
 from mixbit.engine.admission import Admission, Generation
 from mixbit.engine.detokenizer import Piece
-from mixbit.engine.protocol import Delta, Failed, Finished, FinishReason, FromWorker, Usage
+from mixbit.engine.pace import Pace
+from mixbit.engine.protocol import Delta, Failed, Finished, FinishReason, FromWorker, Stats, Usage
 from mixbit.engine.request import Chunk, Request
 from mixbit.engine.sampling import NonFiniteLogitsError
 from mixbit.engine.scheduler import Scheduler
@@ -34,8 +36,11 @@ class EngineCore:
         self.scheduler = scheduler
         self.admission = admission
         self._step = step
+        self._pace = Pace(scheduler.step_tokens)
         self._generations: dict[str, Generation] = {}
         self._failures = 0
+        self._steps = 0
+        self._leaks = 0
 
     @property
     def idle(self) -> bool:
@@ -58,13 +63,17 @@ class EngineCore:
         A request whose own step raises, or whose logits are not finite, fails alone. Raises what the step
         raised if steps keep failing.
         """
-        chunks = self.scheduler.plan()
+        chunks = self.scheduler.plan(self._pace.limit)
+        start = time.perf_counter()
+        self._steps += 1
         try:
             logits = self._step(chunks)
         except Exception as error:
             log.exception("a step of %d requests failed", len(chunks))
             return self._recover(chunks, error)
         self._failures = 0
+        decodes = sum(chunk.count == 1 and chunk.samples for chunk in chunks)
+        self._pace.note(decodes, sum(chunk.count for chunk in chunks) - decodes, time.perf_counter() - start)
         messages: list[FromWorker] = []
         rows = iter(logits)
         for chunk in chunks:
@@ -73,6 +82,24 @@ class EngineCore:
             if samples:
                 messages += self._sample(self._generations[chunk.request.request_id], next(rows))
         return messages
+
+    def stats(self) -> Stats:
+        """What is held and has been done. Looks for leaks when idle."""
+        scheduler = self.scheduler
+        if scheduler.idle:
+            try:
+                scheduler.check_idle()
+            except RuntimeError:
+                log.exception("something is held though nothing runs")
+                self._leaks += 1
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_used=scheduler.blocks.size - scheduler.blocks.free,
+            steps=self._steps,
+            preemptions=scheduler.preemptions,
+            leaks=self._leaks,
+        )
 
     def _sample(self, generation: Generation, logits: npt.NDArray[np.float32]) -> list[FromWorker]:
         try:
@@ -94,6 +121,8 @@ class EngineCore:
         piece = detokenizer.feed(choice.token, choice.logprob, choice.top)
         if piece.stop is not None:
             return self._finish(generation, piece, "stop")
+        if choice.last:
+            return _deltas(request, piece) + self._finish(generation, detokenizer.finish(), "stop")
         if full:
             return _deltas(request, piece) + self._finish(generation, detokenizer.finish(), "length")
         return _deltas(request, piece)

@@ -34,10 +34,11 @@ class _Pending:
 
 
 class Detokenizer:
-    """The text of one request's output. Special tokens are not shown."""
+    """The text of one request's output. Special tokens are not shown, but for those with one of the texts `shown`."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: list[str], shown: list[str] | None = None) -> None:
         self._tokenizer = tokenizer
+        self._shown = {token for text in shown or () if (token := tokenizer.added_token(text)) is not None}
         self._stop = stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # decoded, may begin a stop string
@@ -47,10 +48,11 @@ class Detokenizer:
 
     def feed(self, token: int, logprob: float | None = None, top: tuple[tuple[int, float], ...] = ()) -> Piece:
         """The text that this token releases. With a logprob, entries are kept for the pieces."""
-        data = self._tokenizer.visible_bytes(token)
+        tokenizer = self._tokenizer
+        data = tokenizer.token_bytes(token) if token in self._shown else tokenizer.visible_bytes(token)
         logprobs = None
         if logprob is not None:
-            alternatives = [TokenLogprob(i, self._tokenizer.token_bytes(i), value) for i, value in top]
+            alternatives = [TokenLogprob(i, tokenizer.token_bytes(i), value) for i, value in top]
             logprobs = TokenLogprobs(TokenLogprob(token, data, logprob), alternatives)
         text = self._decoder.decode(data)
         self._decoded += len(text.encode())

@@ -17,6 +17,7 @@ ErrorCode = Literal[
     "queue_full",  # 429
     "insufficient_memory",  # 503: the request alone needs more cache than there is
     "not_ready",  # 503: loading, restarting or failed
+    "timeout",  # 504; made by the client, never sent
     "worker_died",  # 503; made by the client, never sent
     "internal_error",  # 500
 ]
@@ -40,6 +41,28 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None  # None: drawn by the worker
 
 
+class Schema(msgspec.Struct, frozen=True, kw_only=True):
+    """A JSON schema. lenient: keywords that cannot be enforced are left aside instead of refused."""
+
+    json: str
+    param: str  # the request's field, for errors
+    lenient: bool = False
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What the output must match: a grammar in llguidance's Lark syntax, which begins at `start`.
+
+    The worker adds the rules `schema_N` for each schema and `pattern_N` for each regular expression; and for
+    each marker, which may be one token of the model, `marker_N` and `until_N`: any text, then the marker.
+    """
+
+    lark: str
+    param: str  # the request's field, for errors
+    schemas: list[Schema] = []
+    patterns: list[str] = []
+    markers: list[str] = []
+
+
 # --- server to worker ---
 
 
@@ -54,6 +77,8 @@ class Generate(Message, frozen=True):
     stop: list[str] = []
     ignore_eos: bool = False
     logprobs: int | None = None  # None: off; n: the chosen token and the n most likely
+    grammar: Grammar | None = None
+    shown_tokens: list[str] = []  # special tokens that are part of the text; others are not shown
 
 
 class Abort(Message, frozen=True):
@@ -103,8 +128,23 @@ class Ready(Message, frozen=True):
     backend: str  # "cpu"
     backend_reason: str  # the registry's explanation, for people
     weight_bytes: int
-    cache_bytes: int
+    cache_bytes: int  # KV and recurrent states, allocated
+    block_bytes: int  # of them, one KV block in all layers
     load_seconds: float
+
+
+class Stats(Message, frozen=True):
+    """What the worker holds, and has done since it started.
+
+    Sent a few times a second while requests run, and whenever the last has ended.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0  # KV blocks that requests hold
+    steps: int = 0
+    preemptions: int = 0
+    leaks: int = 0  # times that something was held when nothing ran: a defect, described in the log
 
 
 class LoadFailed(Message, frozen=True):
@@ -192,4 +232,6 @@ class Detokenized(Message, frozen=True):
     text: str
 
 
-FromWorker = Progress | Ready | LoadFailed | Accepted | Refused | Delta | Finished | Failed | Tokenized | Detokenized
+FromWorker = (
+    Progress | Ready | Stats | LoadFailed | Accepted | Refused | Delta | Finished | Failed | Tokenized | Detokenized
+)

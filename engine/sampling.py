@@ -1,8 +1,8 @@
 """From a row of logits to a token. One sampler per request, with random numbers of its own.
 
-In order: repetition, presence and frequency penalties, bias (logprobs are taken here), temperature,
-top_k, top_p over what top_k left, min_p. A vocabulary of 150,000 is never sorted: a threshold that
-provably keeps the best tokens comes first.
+In order: repetition, presence and frequency penalties, bias (logprobs are taken here), the grammar's
+mask, temperature, top_k, top_p over what top_k left, min_p. A vocabulary of 150,000 is never sorted: a
+threshold that provably keeps the best tokens comes first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mixbit.engine.constraint import Constraint
 from mixbit.engine.penalties import Penalties
 from mixbit.engine.protocol import Sampling
 
@@ -38,13 +39,22 @@ class Choice:
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    last: bool = False  # the request's grammar permits nothing more
 
 
 class Sampler:
     """Chooses the tokens of one request. The same seed gives the same tokens from the same logits."""
 
-    def __init__(self, sampling: Sampling, prompt: list[int], *, logprobs: int | None = None) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: list[int],
+        *,
+        logprobs: int | None = None,
+        constraint: Constraint | None = None,
+    ) -> None:
         self._sampling = sampling
+        self._constraint = constraint
         self._logprobs = logprobs
         self._penalties = Penalties.of(sampling, prompt)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64
@@ -53,21 +63,30 @@ class Sampler:
     def choose(self, logits: Floats) -> Choice:
         """The next token for logits [vocab], which are left as they are.
 
-        Raises NonFiniteLogitsError if a logit is NaN or the largest is infinite.
+        Raises NonFiniteLogitsError if a logit is NaN or the largest is infinite, ConstraintError if the
+        grammar cannot be followed.
         """
         if self._penalties is not None:
             logits = self._penalties.apply(logits)
         best = int(np.argmax(logits))  # a NaN counts as the largest
         if not math.isfinite(logits[best]):
             raise NonFiniteLogitsError(f"the model computed the logit {logits[best]} for token {best}")
-        token = best if self._sampling.temperature <= GREEDY_BELOW else self._draw(logits, best)
+        token, last = self._choose(logits, best)
         if self._penalties is not None:
             self._penalties.count(token)
         if self._logprobs is None:
-            return Choice(token)
+            return Choice(token, last=last)
         total = logits[best] + math.log(np.exp(logits - logits[best]).sum())
         top = best_ids(logits, self._logprobs).tolist() if self._logprobs else []
-        return Choice(token, float(logits[token] - total), tuple((i, float(logits[i] - total)) for i in top))
+        return Choice(token, float(logits[token] - total), tuple((i, float(logits[i] - total)) for i in top), last)
+
+    def _choose(self, logits: Floats, best: int) -> tuple[int, bool]:
+        """A token that the grammar permits, and whether it is the grammar's last."""
+        if self._constraint is not None:
+            logits = np.where(self._constraint.allowed(), logits, np.float32(-np.inf))
+            best = int(np.argmax(logits))
+        token = best if self._sampling.temperature <= GREEDY_BELOW else self._draw(logits, best)
+        return token, self._constraint is not None and self._constraint.accept(token)
 
     def _draw(self, logits: Floats, best: int) -> int:
         """Sample after temperature and filters. One random number is used, whatever the settings."""

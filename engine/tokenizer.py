@@ -54,6 +54,7 @@ class Tokenizer:
         self._base = base
         self.eos_ids = eos_ids
         self.vocab_size: int = base.get_vocab_size(with_added_tokens=True)
+        self._added = {token.content: number for number, token in base.get_added_tokens_decoder().items()}
         self._special = {number for number, token in base.get_added_tokens_decoder().items() if token.special}
         self._to_bytes = _byte_level if "ByteLevel" in _decoders(base) else _byte_fallback
         self._bytes: dict[int, bytes] = {}
@@ -66,6 +67,15 @@ class Tokenizer:
     def decode(self, tokens: list[int], *, skip_special_tokens: bool = False) -> str:
         """Text of tokens."""
         text: str = self._base.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def added_token(self, text: str) -> int | None:
+        """The token that is exactly this text, if the tokenizer was given one; None for ordinary text."""
+        return self._added.get(text)
+
+    def to_json(self) -> str:
+        """The contents of tokenizer.json."""
+        text: str = self._base.to_str()
         return text
 
     def token_bytes(self, token: int) -> bytes:

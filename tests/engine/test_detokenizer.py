@@ -158,3 +158,11 @@ def test_text_without_stop_strings_is_released_at_once(stop: list[str]) -> None:
     detokenizer = Detokenizer(BYTE_LEVEL, stop)
     tokens = BYTE_LEVEL.encode("the cat", add_special_tokens=False)
     assert all(detokenizer.feed(token).text for token in tokens)
+
+
+def test_a_special_token_is_shown_where_it_is_asked_for() -> None:
+    for shown, text in ((["<eos>"], "a<eos>a"), ([], "aa"), (["<unknown>"], "aa")):
+        detokenizer = Detokenizer(BYTE_LEVEL, [], shown)
+        tokens = [*BYTE_LEVEL.encode("a", add_special_tokens=False), EOS]
+        tokens += BYTE_LEVEL.encode("a", add_special_tokens=False)
+        assert text_of([*(detokenizer.feed(token) for token in tokens), detokenizer.finish()]) == text
