@@ -89,6 +89,67 @@ async def test_size_is_bounded(source: str) -> None:
         await render(source)
 
 
+# Each would take gigabytes or minutes in one call into C, where no deadline is looked at.
+BOMBS = [
+    "{{ 'x' | center(10000000000) }}",
+    "{{ 'x'.center(10000000000) }}",
+    "{{ 'x'.ljust(width=10000000000) }}",
+    "{{ 'x'.zfill(10000000000) }}",
+    "{{ ('\\t' * 9000).expandtabs(100000) }}",
+    "{{ ('x' * 9000).replace('x', 'y' * 9000) }}",
+    "{{ ('x' * 9000) | replace('', 'y' * 9000) }}",
+    "{{ ('x' * 9000).join('y' * 9000) }}",
+    "{{ 'xy' | map('upper') | join('y' * 9000) }}",
+    "{{ range(9000) | join('y' * 9000) }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ '%*d' % (10000000000, 1) }}",
+    "{{ '%10000000000d' | format(1) }}",
+    "{{ '{:>10000000000}'.format(1) }}",
+    "{{ '{:>{}}'.format('x', 10000000000) }}",
+    "{{ '{x:>10000000000}'.format_map({'x': 1}) }}",
+    "{{ ('x\\n' * 4000) | indent(10000000000) }}",
+    "{{ ('x\\n' * 4000) | indent('y' * 9000) }}",
+    "{{ ('x y ' * 2000) | wordwrap(1, wrapstring='y' * 9000) }}",
+    "{{ ['x'] | batch(10000000000, 'y') | list }}",
+    "{{ ['x'] | slice(10000000000) | list }}",
+    "{{ [1] | tojson(indent=10000000000) }}",
+    "{{ 5 | round(-1000000000) }}",
+    "{{ [('x' * 9000)] * 9000 }}",
+    "{{ ([('x' * 9000)] * 9000) | string }}",
+    "{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+    "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}{% set n = namespace(x='x') %}"
+    "{% for i in range(60) %}{% set n.x = f(n.x) %}{% endfor %}",
+    "{% set n = namespace(x=[]) %}{% set s = 'x' * 9000 %}"
+    "{% for i in range(9000) %}{% set n.x = n.x + [s[1:]] %}{% endfor %}",
+    "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "{{ strftime_now('%10000000000d') }}",
+]
+
+
+@pytest.mark.parametrize("source", BOMBS)
+async def test_what_one_call_makes_is_bounded(source: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(RenderError, match="stopped"):
+        await render(source)
+    assert time.monotonic() - start < 2
+
+
+async def test_bounded_calls_still_work() -> None:
+    assert await render("{{ 'x' | center(3) }}{{ 'x'.rjust(3) }}") == " x   x"
+    assert await render("{{ ['a', 'b'] | join(', ') }}{{ '-'.join(['a', 'b']) }}") == "a, ba-b"
+    assert await render("{{ ['a', 1] | map('string') | join }}{{ 'a' ~ 1 ~ none }}") == "a1a1None"
+    assert await render("{{ 'aXb'.replace('X', '--') }}{{ 'a b' | replace(' ', '_') }}") == "a--ba_b"
+    assert await render("{{ '%s=%03d' | format('n', 7) }}{{ '{}:{:>3}'.format('n', 7) }}") == "n=007n:  7"
+    assert await render("{{ 'a\nb' | indent(2) }}{{ [1] | tojson(indent=2) }}") == "a\n  b[\n  1\n]"
+    assert await render("{{ 'abcdef'[1:-1:2] }}{{ [1, 2, 3][::-1] }}{{ x[0] }}", x="yz") == "bd[3, 2, 1]y"
+    assert await render("{{ 2.345 | round(1) }}{{ [3, 1] | sort | first }}{{ 5 % 3 }}{{ 1 + 1 }}") == "2.3122"
+    assert await render("{% set x %}a{{ 1 }}{% endset %}{{ x }}{{ [1] + [2] }}{{ 'a' + 'b' }}") == "a1[1, 2]ab"
+    assert await render("{{ 1700000000000 | default(1) }}{{ 1700000000000 | string }}") == "17000000000001700000000000"
+
+
 def test_a_broken_template_says_where() -> None:
     with pytest.raises(ChatTemplateError, match="line 2"):
         ChatTemplate({"default": "a\n{% if %}"}, {})
