@@ -15,6 +15,7 @@ class HttpLimits:
     max_body_bytes: int
     max_header_bytes: int
     max_json_depth: int
+    header_seconds: float
     body_seconds: float
     keepalive_seconds: float
     shutdown_seconds: float
