@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mixbit.kernels.ops import Program
 
 Int32Array = npt.NDArray[np.int32]
+Bytes = npt.NDArray[np.uint8]  # one-dimensional
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,28 @@ class Executor(Protocol):
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Logits [selected, vocab] of the step; KV and recurrent state are updated in place."""
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Make block `target` equal to block `source`, in every attention layer."""
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Make the recurrent state in slot `target` equal to that in slot `source`, in every gated delta layer."""
+
+    def export_block(self, block: int) -> Bytes:
+        """A copy of what every attention layer holds in `block`.
+
+        The layout is the backend's own; it is the same for the same program, block_size and options. Of size 0
+        if the program has no such layers.
+        """
+
+    def import_block(self, block: int, data: Bytes) -> None:
+        """Put back what `export_block` gave. Raises ValueError if the size is another."""
+
+    def export_state(self, slot: int) -> Bytes:
+        """As export_block, the recurrent state in `slot`."""
+
+    def import_state(self, slot: int, data: Bytes) -> None:
+        """As import_block, the recurrent state in `slot`."""
 
     def phase_seconds(self) -> Mapping[str, float]:
         """Seconds spent so far by kind of node ("attention", "moe", ...); empty unless profiling."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixbit.kernels import ops
-from mixbit.kernels.executor import Batch, CacheConfig, ExecutorOptions
+from mixbit.kernels.executor import Batch, Bytes, CacheConfig, ExecutorOptions
 
 if TYPE_CHECKING:
     from mixbit.kernels.cpu import _cpu
@@ -77,6 +77,30 @@ class CpuExecutor:
             batch.state_slots,
             batch.logit_rows,
         )
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block in every attention layer."""
+        self._native.copy_block(source, target)
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Copy a slot in every gated delta layer."""
+        self._native.copy_state(source, target)
+
+    def export_block(self, block: int) -> Bytes:
+        """A block's bytes: layer after layer, keys and values."""
+        return self._native.export_block(block)
+
+    def import_block(self, block: int, data: Bytes) -> None:
+        """Put back what export_block gave."""
+        self._native.import_block(block, data)
+
+    def export_state(self, slot: int) -> Bytes:
+        """A slot's bytes: layer after layer, convolution and memory."""
+        return self._native.export_state(slot)
+
+    def import_state(self, slot: int, data: Bytes) -> None:
+        """Put back what export_state gave."""
+        self._native.import_state(slot, data)
 
     def phase_seconds(self) -> Mapping[str, float]:
         """Seconds by kind of node; empty unless profiling."""

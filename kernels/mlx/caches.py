@@ -33,6 +33,17 @@ class KvPool:
         pages = blocks[group.tables].reshape(len(group.slots), -1, *pool.shape[1:])
         return pages[:, : group.context].swapaxes(1, 2)
 
+    def get(self, block: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of a block: [block_size, kv_heads, head_dim] each."""
+        places = mx.arange(block * self.block_size, (block + 1) * self.block_size)
+        return _gathered(self._keys, self._values, places)
+
+    def put(self, block: int, pieces: tuple[mx.array, mx.array]) -> None:
+        """Replace keys and values of a block."""
+        places = slice(block * self.block_size, (block + 1) * self.block_size)
+        self._keys[places], self._values[places] = pieces
+        mx.eval(*self.arrays())
+
     def arrays(self) -> Iterator[mx.array]:
         """What a step must evaluate."""
         yield self._keys
@@ -76,9 +87,28 @@ class StatePool:
             self._conv[index] = conv
             self._memory[index] = memory
 
+    def get(self, slot: int) -> tuple[mx.array, mx.array]:
+        """(conv, memory) of a slot."""
+        self._put_back({slot})
+        conv, memory = _gathered(self._conv, self._memory, mx.array([slot]))
+        return conv[0], memory[0]
+
+    def put(self, slot: int, pieces: tuple[mx.array, mx.array]) -> None:
+        """Replace (conv, memory) of a slot."""
+        self._put_back({slot})
+        self._conv[slot], self._memory[slot] = pieces
+        mx.eval(*self.arrays())
+
     def arrays(self) -> Iterator[mx.array]:
         """What a step must evaluate."""
         yield self._conv
         yield self._memory
         for state in self._aside.values():
             yield from state
+
+
+def _gathered(one: mx.array, two: mx.array, index: mx.array) -> tuple[mx.array, mx.array]:
+    """Copies, not slices: a view of a pool would keep it from being updated in place."""
+    copies = one[index], two[index]
+    mx.eval(*copies)
+    return copies

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mixbit.kernels import ops
-from mixbit.kernels.executor import Batch, CacheConfig, ExecutorOptions
-from mixbit.kernels.mlx.arrays import DTYPES, Values
+from mixbit.kernels.executor import Batch, Bytes, CacheConfig, ExecutorOptions
+from mixbit.kernels.mlx.arrays import DTYPES, Values, from_bytes, to_bytes
 from mixbit.kernels.mlx.caches import KvPool, StatePool
 from mixbit.kernels.mlx.operation import Binding, Table
 from mixbit.kernels.mlx.step import Step
@@ -66,6 +66,42 @@ class MlxExecutor:
             logits = logits.astype(mx.float32)
             mx.eval(logits, *self._pools())
             return np.array(logits)
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block in every attention layer."""
+        with mx.stream(self._device):
+            for pool in self._binding.kv_pools:
+                pool.put(target, pool.get(source))
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Copy a slot in every gated delta layer."""
+        with mx.stream(self._device):
+            for pool in self._binding.state_pools:
+                pool.put(target, pool.get(source))
+
+    def export_block(self, block: int) -> Bytes:
+        """A block's bytes: layer after layer, keys and values."""
+        with mx.stream(self._device):
+            return to_bytes([array for pool in self._binding.kv_pools for array in pool.get(block)])
+
+    def import_block(self, block: int, data: Bytes) -> None:
+        """Put back what export_block gave."""
+        with mx.stream(self._device):
+            arrays = from_bytes(data, [array for pool in self._binding.kv_pools for array in pool.get(block)])
+            for pool in self._binding.kv_pools:
+                pool.put(block, (next(arrays), next(arrays)))
+
+    def export_state(self, slot: int) -> Bytes:
+        """A slot's bytes: layer after layer, convolution and memory."""
+        with mx.stream(self._device):
+            return to_bytes([array for pool in self._binding.state_pools for array in pool.get(slot)])
+
+    def import_state(self, slot: int, data: Bytes) -> None:
+        """Put back what export_state gave."""
+        with mx.stream(self._device):
+            arrays = from_bytes(data, [array for pool in self._binding.state_pools for array in pool.get(slot)])
+            for pool in self._binding.state_pools:
+                pool.put(slot, (next(arrays), next(arrays)))
 
     def phase_seconds(self) -> Mapping[str, float]:
         """Seconds by kind of node; empty unless profiling, which evaluates each node by itself."""

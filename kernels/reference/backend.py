@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixbit.kernels import ops
-from mixbit.kernels.executor import Batch, CacheConfig, ExecutorOptions
+from mixbit.kernels.executor import Batch, Bytes, CacheConfig, ExecutorOptions
 from mixbit.kernels.reference.attention import KvPool, attention
 from mixbit.kernels.reference.gated_delta import StatePool, gated_delta
 from mixbit.kernels.reference.matrix import Float32Array, batch_matvec, dequantize
@@ -115,6 +115,38 @@ class ReferenceExecutor:
             batch,
         )
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block in every attention layer."""
+        for part in self._block_parts():
+            part[target] = part[source]
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Copy a slot in every gated delta layer."""
+        for part in self._state_parts():
+            part[target] = part[source]
+
+    def export_block(self, block: int) -> Bytes:
+        """A block's bytes: layer after layer, keys and values."""
+        return _read(self._block_parts(), block)
+
+    def import_block(self, block: int, data: Bytes) -> None:
+        """Put back what export_block gave."""
+        _write(self._block_parts(), block, data)
+
+    def export_state(self, slot: int) -> Bytes:
+        """A slot's bytes: layer after layer, convolution and memory."""
+        return _read(self._state_parts(), slot)
+
+    def import_state(self, slot: int, data: Bytes) -> None:
+        """Put back what export_state gave."""
+        _write(self._state_parts(), slot, data)
+
+    def _block_parts(self) -> list[Float32Array]:
+        return [part for pool in self.kv_pools for part in (pool.keys, pool.values)]
+
+    def _state_parts(self) -> list[Float32Array]:
+        return [part for pool in self.state_pools for part in (pool.conv, pool.memory)]
+
     def phase_seconds(self) -> Mapping[str, float]:
         """Seconds by kind of node; empty unless profiling."""
         return dict(self._seconds)
@@ -124,6 +156,19 @@ class ReferenceExecutor:
         """Bytes of the pools."""
         kv = sum(pool.keys.nbytes + pool.values.nbytes for pool in self.kv_pools)
         return kv + sum(pool.conv.nbytes + pool.memory.nbytes for pool in self.state_pools)
+
+
+def _read(parts: list[Float32Array], number: int) -> Bytes:
+    return np.concatenate([np.zeros(0, np.uint8), *(part[number].reshape(-1).view(np.uint8) for part in parts)])
+
+
+def _write(parts: list[Float32Array], number: int, data: Bytes) -> None:
+    size = sum(part[number].nbytes for part in parts)
+    if data.nbytes != size:
+        raise ValueError(f"{data.nbytes} bytes, expected {size}")
+    for part in parts:
+        piece, data = data[: part[number].nbytes], data[part[number].nbytes :]
+        part[number] = piece.view(np.float32).reshape(part[number].shape)
 
 
 def heads_of(columns: ops.Columns, values: Mapping[ops.Value, Float32Array], count: int, width: int) -> Float32Array:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mixbit.kernels.executor import Batch, CacheConfig
+from mixbit.kernels.executor import Batch, CacheConfig, Executor
 from mixbit.kernels.ops import AttentionSpec, Columns, GatedDeltaSpec, Program, ProgramBuilder, kind
 from mixbit.kernels.spec import BatchMatvecSpec
-from tests.kernels.builders import CACHE, Sequences, Tensors, assert_close
+from tests.kernels.builders import CACHE, FloatArray, Sequences, Tensors, assert_close
 from tests.kernels.conftest import REFERENCE, Candidate
 
 DIM, VOCAB = 64, 40
@@ -142,3 +142,48 @@ def test_cache_bytes_grow_with_the_pools(any_candidate: Candidate) -> None:
     more_states = any_candidate.compile(PROGRAM, CacheConfig(blocks=3, block_size=16, state_slots=5))
     assert large.cache_bytes - small.cache_bytes == 3 * 16 * 2 * 2 * 16 * 4
     assert more_states.cache_bytes - small.cache_bytes == 3 * (4 * 16 * 16 + 3 * 128) * 4
+
+
+def test_a_sequence_goes_on_from_copied_and_from_imported_blocks_and_state(any_candidate: Candidate) -> None:
+    """Another sequence continues the first in blocks and a slot of its own; the first is not changed by it."""
+    size = CACHE.block_size
+    prefix, one, two = [1 + token % 9 for token in range(size + 2)], [3, 4], [9, 8]
+
+    def expected(tail: list[int]) -> FloatArray:
+        whole = Sequences(CACHE, count=1).step({0: prefix + tail}, [len(prefix) + len(tail) - 1])
+        return REFERENCE.compile(PROGRAM).run(whole)
+
+    def continued(executor: Executor, blocks: list[int], slot: int, tail: list[int]) -> FloatArray:
+        batch = Batch(
+            tokens=np.array(tail, np.int32),
+            query_starts=np.array([0, len(tail)], np.int32),
+            context_lengths=np.array([len(prefix)], np.int32),
+            block_tables=np.array([blocks], np.int32),
+            state_slots=np.array([slot], np.int32),
+            logit_rows=np.array([len(tail) - 1], np.int32),
+        )
+        return executor.run(batch)
+
+    executor = any_candidate.compile(PROGRAM)
+    batch = Sequences(CACHE, count=1).step({0: prefix})
+    executor.run(batch)
+    first, second, slot = *(int(block) for block in batch.block_tables[0][:2]), int(batch.state_slots[0])
+    spare, other = [block for block in range(4) if block not in (first, second)][:2]
+    copied = (slot + 1) % CACHE.state_slots
+    executor.copy_block(second, spare)
+    executor.copy_state(slot, copied)
+    kept = executor.export_block(second), executor.export_state(slot)
+    assert_close(continued(executor, [first, spare], copied, two), expected(two), 1e-4)
+    assert_close(continued(executor, [first, second], slot, one), expected(one), 1e-4)
+    executor.import_block(other, kept[0])
+    executor.import_state(copied, kept[1])
+    assert_close(continued(executor, [first, other], copied, two), expected(two), 1e-4)
+
+    restarted = any_candidate.compile(PROGRAM)
+    restarted.import_block(5, executor.export_block(first))
+    restarted.import_block(6, kept[0])
+    restarted.import_state(0, kept[1])
+    assert_close(continued(restarted, [5, 6], 0, two), expected(two), 1e-4)
+    for wrong in (kept[0][:-1], np.zeros(len(kept[0]) + 4, np.uint8)):
+        with pytest.raises(ValueError, match=f"{len(wrong)} bytes, expected {len(kept[0])}"):
+            restarted.import_block(5, wrong)

@@ -35,6 +35,7 @@ class Attention final : public Op {
         pool_(context.limits.blocks, context.limits.block_size, spec_.kv_heads, spec_.head_dim) {
     run_ *= std::max<std::int64_t>(1, run_keys / run_);
     context.workspace.reserve(0, scratch(nullptr).size);
+    pool_.list(context.blocks);
   }
 
   void run(const Step& step) override {

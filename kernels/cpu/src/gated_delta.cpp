@@ -36,6 +36,7 @@ class GatedDelta final : public Op {
     }
     for (float& a : spec_.a_log) a = std::exp(a);
     context.workspace.reserve(0, scratch(nullptr).size);
+    pool_.list(context.states);
   }
 
   static std::int64_t channels(const GatedDeltaSpec& s) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "buffer.h"
+#include "pieces.h"
 #include "vector_ops.h"
 
 namespace mixbit {
@@ -26,6 +27,11 @@ class KvPool {
   const Storage* keys(std::int64_t head) const { return keys_.data() + head * key_head_stride; }
   const Storage* values(std::int64_t head) const { return values_.data() + head * value_head_stride; }
   std::int64_t bytes() const { return (keys_.size() + values_.size()) * static_cast<std::int64_t>(sizeof(Storage)); }
+
+  void list(Pieces& blocks) const {
+    blocks.add(keys_.data(), key_block_stride * std::int64_t{sizeof(Storage)});
+    blocks.add(values_.data(), value_block_stride * std::int64_t{sizeof(Storage)});
+  }
 
   // k, v: [head_dim] of the token at `place` of `block`.
   void write(std::int64_t block, std::int64_t place, std::int64_t head, const float* k, const float* v,

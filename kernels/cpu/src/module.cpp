@@ -132,6 +132,20 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Program& p, const Ints& tokens, c
   return {data, {rows, cols}, owner};
 }
 
+using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>> read(const Pieces& pieces, std::int64_t number) {
+  std::unique_ptr<std::uint8_t[]> out(new std::uint8_t[pieces.bytes()]);
+  pieces.read(number, reinterpret_cast<char*>(out.get()));
+  std::uint8_t* data = out.release();
+  nb::capsule owner(data, [](void* memory) noexcept { delete[] static_cast<std::uint8_t*>(memory); });
+  return {data, {pieces.bytes()}, owner};
+}
+
+void write(const Pieces& pieces, std::int64_t number, const Bytes& data) {
+  pieces.write(number, reinterpret_cast<const char*>(data.data()), data.size());
+}
+
 }  // namespace
 
 void bind_matmul(nb::module_& m);  // bind_matmul.cpp
@@ -192,6 +206,14 @@ NB_MODULE(_cpu, m) {
            nb::arg("norm"), nb::arg("out"))
       .def("finish", &Program::finish)
       .def("run", &run)
+      .def("copy_block", [](Program& p, std::int64_t source, std::int64_t to) { p.context().blocks.copy(source, to); })
+      .def("copy_state", [](Program& p, std::int64_t source, std::int64_t to) { p.context().states.copy(source, to); })
+      .def("export_block", [](Program& p, std::int64_t number) { return read(p.context().blocks, number); })
+      .def("export_state", [](Program& p, std::int64_t number) { return read(p.context().states, number); })
+      .def("import_block",
+           [](Program& p, std::int64_t number, const Bytes& data) { write(p.context().blocks, number, data); })
+      .def("import_state",
+           [](Program& p, std::int64_t number, const Bytes& data) { write(p.context().states, number, data); })
       .def("seconds", &Program::seconds)
       .def_prop_ro("threads", [](Program& p) { return p.context().machine.pool.size(); })
       .def_prop_ro("cache_bytes", [](Program& p) { return p.cache_bytes(); });

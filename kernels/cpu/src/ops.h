@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "pieces.h"
 #include "step.h"
 #include "tensor.h"
 #include "workspace.h"
@@ -75,9 +76,14 @@ struct Context {
   Limits limits;
   Machine machine;
   Workspace workspace;
+  Pieces blocks, states;  // of the pools that the ops own
 
   Context(const Limits& limits, int threads, Isa isa)
-      : limits(limits), machine(threads, isa), workspace(machine.pool.size()) {}
+      : limits(limits),
+        machine(threads, isa),
+        workspace(machine.pool.size()),
+        blocks("block", limits.blocks),
+        states("state slot", limits.state_slots) {}
 };
 
 // All throw std::invalid_argument if shapes contradict each other.

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "buffer.h"
+#include "pieces.h"
 #include "vector_ops.h"
 
 namespace mixbit {
@@ -27,6 +28,11 @@ class StatePool {
     return memory_.data() + (slot * value_heads_ + head) * head_size;
   }
   std::int64_t bytes() const { return (conv_.size() + memory_.size()) * std::int64_t{sizeof(float)}; }
+
+  void list(Pieces& slots) const {
+    slots.add(conv_.data(), history_ * channels * std::int64_t{sizeof(float)});
+    slots.add(memory_.data(), value_heads_ * head_size * std::int64_t{sizeof(float)});
+  }
 
   const std::int64_t channels, value_stride, head_size;
 
