@@ -64,7 +64,9 @@ class DecodeAttention:
         gated = [] if node.gate is None else ["gate"]
         self._join_template = [*self._shape, ("THREADS", _JOIN_THREADS)]
         self._join_template += [] if node.gate is None else _columns("GATE", node.gate)
-        self._join = launcher.kernel("attention_join", ["part_sums", "part_totals", *gated], ["out"], *["WITH_GATE"][: len(gated)])
+        self._join = launcher.kernel(
+            "attention_join", ["part_sums", "part_totals", *gated], ["out"], *["WITH_GATE"][: len(gated)]
+        )
 
     def __call__(self, step: Step, values: Values) -> mx.array:
         """[tokens, heads * head_dim] for a step of one token a sequence."""
