@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from mixbit.engine.client import Engine
 from mixbit.server import errors
 from mixbit.server.model import ServedModel
-from mixbit.server.routes import chat, completions, health, models
+from mixbit.server.routes import chat, completions, docs, embeddings, health, infill, llama, models
 from mixbit.server.schema.common import ErrorResponse
 from mixbit.server.security import Guard
 from mixbit.server.service import Service
@@ -35,13 +35,15 @@ def create_app(engine: Engine, model: ServedModel, access: Access) -> FastAPI:
         title="Mixbit",
         version=VERSION,
         summary="An OpenAI-compatible server for mixed-precision models",
+        docs_url=None,  # routes/docs.py
         redoc_url=None,
     )
     app.state.service = Service(engine, model)
-    for route in (chat, completions):
+    for route in (chat, completions, embeddings, infill, llama):
         app.include_router(route.router, responses={**_REFUSALS, **_ANY_ERROR})
     for route in (models, health):
         app.include_router(route.router, responses=_ANY_ERROR)
+    app.include_router(docs.router)
     errors.install(app)
     app.add_middleware(Guard, access=access)
     return app

@@ -135,7 +135,8 @@ def _has_tokens(directory: Path, fim: FillInMiddle) -> bool:
         tokens = msgspec.json.decode((directory / "tokenizer.json").read_bytes(), type=_TokenizerFile).added_tokens
     except (OSError, msgspec.MsgspecError):
         return False  # the worker reads this file too and says what is wrong
-    return {fim.prefix, fim.suffix, fim.middle} <= {token.content for token in tokens}
+    needed = {fim.prefix, fim.suffix, fim.middle} | ({fim.file} if fim.file else set())
+    return needed <= {token.content for token in tokens}
 
 
 def _quantization_summary(config: dict[str, Any]) -> str:

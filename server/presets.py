@@ -26,15 +26,20 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class FillInMiddle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The special tokens that ask a model to fill in: prefix, text, suffix, text, middle."""
+    """The special tokens that ask a model to fill in: prefix, text, suffix, text, middle.
+
+    file: stands before the name of each file, in models that were trained on several; None if unknown.
+    """
 
     prefix: str
     suffix: str
     middle: str
+    file: str | None = None
 
-    def prompt(self, before: str, after: str) -> str:
-        """The prompt whose completion stands between `before` and `after`."""
-        return f"{self.prefix}{before}{self.suffix}{after}{self.middle}"
+    def prompt(self, before: str, after: str, extra: Sequence[tuple[str, str]] = ()) -> str:
+        """The prompt whose completion stands between `before` and `after`. extra: other files, (name, text)."""
+        files = "".join(f"{self.file}{name}\n{text}\n" for name, text in extra) if self.file else ""
+        return f"{files}{self.file if files else ''}{self.prefix}{before}{self.suffix}{after}{self.middle}"
 
 
 class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

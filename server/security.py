@@ -95,7 +95,9 @@ class Guard:
         if not self._keys or (scope["path"] == "/health" and scope["method"] in {"GET", "HEAD"}):
             return
         kind, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip().encode("latin-1")) if kind.lower() == "bearer" else b""
+        if kind.lower() != "bearer":
+            key = headers.get("x-api-key", "")  # as Anthropic's and llama.cpp's clients send it
+        given = _digest(key.strip().encode("latin-1")) if key.strip() else b""
         # Every key is compared, each in constant time, so that the time says nothing.
         if not sum([hmac.compare_digest(given, known) for known in self._keys]):
             text = "The API key is wrong." if given else "An API key is needed: send 'Authorization: Bearer KEY'."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -26,9 +26,14 @@ def event(data: object) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
+def error_event(error: ApiError) -> bytes:
+    """What a stream says when it cannot go on."""
+    return event(error_object(error))
+
+
 def error_events(error: ApiError) -> bytes:
-    """How a stream ends that cannot go on."""
-    return event(error_object(error)) + DONE
+    """How a stream of OpenAI's form ends that cannot go on."""
+    return error_event(error) + DONE
 
 
 class Disconnected(Exception):  # noqa: N818
@@ -55,17 +60,22 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(Response):
-    """An answer of events: headers at once, comments while there is silence, `[DONE]` at the end.
+    """An answer of events: headers at once, comments while there is silence.
 
-    An error that `events` does not handle itself is logged and becomes an error event.
+    An error that `events` does not handle itself is logged and becomes what `broken` makes of it.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], keepalive_seconds: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        keepalive_seconds: float,
+        broken: Callable[[ApiError], bytes] = error_events,
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._pause = events, keepalive_seconds
+        self._events, self._pause, self._broken = events, keepalive_seconds, broken
         self._last = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,7 +111,7 @@ class EventStream(Response):
         except Exception:
             log.exception("a stream broke off")
             await put(
-                error_events(
+                self._broken(
                     ApiError(500, "The server failed on this request; its log says why.", code="internal_error")
                 )
             )

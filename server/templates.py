@@ -48,7 +48,7 @@ class ChatTemplate:
     def __init__(
         self, sources: Mapping[str, str], constants: Mapping[str, str], limits: TemplateLimits = TEMPLATE
     ) -> None:
-        self._constants = dict(constants)
+        self.constants = dict(constants)
         self._limits = limits
         self._compiled = {name: _compile(name, source, limits) for name, source in sources.items()}
         self.control_names = frozenset(
@@ -58,6 +58,11 @@ class ChatTemplate:
             | set(next(iter(self._compiled.values())).environment.globals)
         )
 
+    @property
+    def source(self) -> str:
+        """The text of the default template."""
+        return self._compiled["default"].source
+
     def knows(self, word: str) -> bool:
         """Whether a template of the model mentions `word`, such as a role."""
         return any(word in each.source for each in self._compiled.values())
@@ -66,7 +71,7 @@ class ChatTemplate:
         """The prompt's text, made off the event loop. Raises RenderError."""
         name = "tool_use" if has_tools and "tool_use" in self._compiled else "default"
         work = asyncio.get_running_loop().run_in_executor(
-            _pool, self._render, self._compiled[name], {**variables, **self._constants}
+            _pool, self._render, self._compiled[name], {**variables, **self.constants}
         )
         try:
             return await asyncio.wait_for(work, 2 * self._limits.seconds)

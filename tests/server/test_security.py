@@ -83,6 +83,12 @@ async def test_keys(header: str | None, status: int) -> None:
             assert response.headers["www-authenticate"] == "Bearer"
 
 
+@pytest.mark.parametrize(("key", "status"), [("sesame", 200), (" sesame ", 200), ("wrong", 401), ("", 401)])
+async def test_keys_as_other_apis_send_them(key: str, status: int) -> None:
+    response = await send(KEYED, "GET", "/v1/models", headers={"x-api-key": key})
+    assert response.status_code == status
+
+
 async def test_any_key_is_welcome_where_none_is_set() -> None:
     response = await send(Access(), "GET", "/v1/models", headers={"authorization": "Bearer whatever"})
     assert response.status_code == 200

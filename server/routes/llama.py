@@ -1,0 +1,65 @@
+"""What llama.cpp's clients ask for besides OpenAI's endpoints: `/tokenize`, `/detokenize`, `/props`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from mixbit.engine.client import RequestRefused
+from mixbit.server.generation import api_error, require_ready, resolve_sampling
+from mixbit.server.schema.common import SamplingFields
+from mixbit.server.schema.llama import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    GenerationSettings,
+    PropsResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from mixbit.server.service import CurrentService
+from mixbit.server.version import VERSION
+
+router = APIRouter(tags=["llama.cpp"])
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: CurrentService) -> TokenizeResponse:
+    """Cut a text into tokens."""
+    require_ready(service.engine)
+    try:
+        tokens = await service.engine.tokenize(body.content, add_special_tokens=bool(body.add_special))
+    except RequestRefused as error:
+        raise api_error(error, "content") from None
+    return TokenizeResponse(tokens=tokens)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, service: CurrentService) -> DetokenizeResponse:
+    """Write tokens as text."""
+    require_ready(service.engine)
+    try:
+        return DetokenizeResponse(content=await service.engine.detokenize(body.tokens))
+    except RequestRefused as error:
+        raise api_error(error, "tokens") from None
+
+
+@router.get("/props")
+async def props(service: CurrentService) -> PropsResponse:
+    """What is served, and how."""
+    model, ready = service.model, service.engine.ready
+    sampling = resolve_sampling(SamplingFields.model_construct(), model.defaults)
+    names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
+    params = {name: float(getattr(sampling, name)) for name in names}
+    constants = model.template.constants if model.template else {}
+    return PropsResponse(
+        default_generation_settings=GenerationSettings(
+            n_ctx=ready.context_length if ready else None,
+            params={**params, "repeat_penalty": sampling.repetition_penalty},
+        ),
+        model_alias=model.name,
+        model_path=model.name,
+        chat_template=model.template.source if model.template else "",
+        bos_token=constants.get("bos_token", ""),
+        eos_token=constants.get("eos_token", ""),
+        modalities={"vision": False, "audio": False},
+        build_info=f"mixbit-{VERSION}",
+    )
