@@ -17,7 +17,7 @@ from mixbit.engine.loader import load
 from mixbit.engine.protocol import Ready
 from mixbit.engine.runner import Runner, warm_up
 from mixbit.engine.scheduler import Scheduler
-from mixbit.engine.sizing import cache_config
+from mixbit.engine.sizing import cache_config, slot_bytes
 from mixbit.engine.tokenizer import load_tokenizer
 from mixbit.kernels.executor import Executor, ExecutorOptions
 from mixbit.kernels.registry import BackendError, choose
@@ -83,6 +83,7 @@ def build(config: EngineConfig, progress: Progress) -> BuiltEngine:
         backend_reason=str(choice),
         weight_bytes=model.weight_bytes,
         cache_bytes=executor.cache_bytes,
+        block_bytes=(executor.cache_bytes - slot_bytes(model.program) * cache.state_slots) // cache.blocks,
         load_seconds=time.perf_counter() - start,
     )
     return BuiltEngine(EngineCore(Runner(executor).run, scheduler, Admission(tokenizer, limits)), ready, executor)

@@ -43,6 +43,7 @@ from mixbit.engine.protocol import (
     Progress,
     Ready,
     Refused,
+    Stats,
     Tokenize,
     Tokenized,
 )
@@ -87,10 +88,18 @@ class RestartPolicy:
 class EngineClient:
     """The `Engine` that runs in a worker process."""
 
-    def __init__(self, config: EngineConfig, *, restart: RestartPolicy | None = None, grace: float = 5.0) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        restart: RestartPolicy | None = None,
+        grace: float = 5.0,
+        request_timeout: float | None = None,
+    ) -> None:
         self._config = config
         self._restart = restart or RestartPolicy()
         self._grace = grace  # seconds for the worker to end by itself
+        self._timeout = request_timeout  # seconds for one request, waiting included
         self._worker: WorkerProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[str] | None = None
@@ -102,6 +111,8 @@ class EngineClient:
         self.state = EngineState.STARTING
         self.progress: Progress | None = None
         self.ready: Ready | None = None
+        self.stats: Stats | None = None
+        self.restarts = 0
         self.message: str | None = None
 
     @property
@@ -134,13 +145,17 @@ class EngineClient:
             raise ValueError(f"request id {request.request_id!r} is in use")
         stream = Stream(request.request_id, self.abort)
         self._streams[request.request_id] = stream
+        if self._timeout is not None:
+            timer = asyncio.get_running_loop().call_later(self._timeout, self._expire, stream)
+            stream.on_end(timer.cancel)
         try:
             answer = await self._ask(request, param="prompt")
         except RequestRefused:
             self._streams.pop(request.request_id, None)
+            stream.end(None)
             raise
         except BaseException:
-            self.abort(request.request_id)
+            await stream.aclose()
             raise
         assert isinstance(answer, Accepted)
         stream.prompt_tokens = answer.prompt_tokens
@@ -175,6 +190,17 @@ class EngineClient:
         if self._streams.pop(request_id, None) is not None and self._worker is not None:
             self._worker.send(Abort(request_id=request_id))
 
+    def _expire(self, stream: Stream) -> None:
+        """A request has taken too long."""
+        if self._streams.get(stream.request_id) is not stream:
+            return
+        self.abort(stream.request_id)
+        text = f"the request did not end within {self._timeout:g} s, which is what this server allows"
+        stream.end(RequestFailed("timeout", text))
+        future = self._answers.get(stream.request_id)
+        if future is not None and not future.done():
+            future.set_exception(RequestRefused("timeout", text))
+
     async def _ask(self, message: Generate | Tokenize | Detokenize, param: str) -> Answer:
         """Send a message and wait for its answer. Raises RequestRefused."""
         worker = self._worker
@@ -201,7 +227,7 @@ class EngineClient:
     def _enter(self, state: EngineState, message: str | None = None) -> None:
         self.state, self.message = state, message
         if state is not EngineState.READY:
-            self.ready = None
+            self.ready = self.stats = None
         if state in {EngineState.READY, EngineState.FAILED, EngineState.CLOSED}:
             self.progress = None
             self._settled.set()
@@ -226,6 +252,7 @@ class EngineClient:
                 return
             self._enter(EngineState.RESTARTING, f"{message}; it is being started again")
             log.error("%s", self.message)
+            self.restarts += 1
             await asyncio.sleep(self._restart.delay(deaths))
 
     async def _run_worker(self) -> str:
@@ -282,6 +309,8 @@ class EngineClient:
                 self.progress = message
                 if self.state is EngineState.STARTING:
                     self._enter(EngineState.LOADING)
+            case Stats():
+                self.stats = message
             case Ready():
                 self._ready_at = asyncio.get_running_loop().time()
                 self.ready = message

@@ -95,7 +95,7 @@ class EngineCore:
         return Stats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            blocks_used=scheduler.blocks.size - scheduler.blocks.free,
+            blocks_used=scheduler.blocks_used,
             steps=self._steps,
             preemptions=scheduler.preemptions,
             leaks=self._leaks,

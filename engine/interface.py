@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from mixbit.engine.errors import UserError
-from mixbit.engine.protocol import Delta, ErrorCode, Finished, Generate, Progress, Ready
+from mixbit.engine.protocol import Delta, ErrorCode, Finished, Generate, Progress, Ready, Stats
 
 
 class EngineState(StrEnum):
@@ -85,6 +85,14 @@ class Engine(Protocol):
         """What the worker said of the model: context length, vocabulary, backend, bytes. None unless READY."""
 
     @property
+    def stats(self) -> Stats | None:
+        """What the worker said last of its load. None unless READY."""
+
+    @property
+    def restarts(self) -> int:
+        """How many times a worker has died and was followed by another."""
+
+    @property
     def message(self) -> str | None:
         """Why the state is RESTARTING or FAILED, for people."""
 
@@ -99,7 +107,7 @@ class Engine(Protocol):
 
         `request.request_id` is unique among the running ones. Raises RequestRefused: "not_ready" if the
         state is not READY, "context_length_exceeded", "invalid_value", "queue_full",
-        "insufficient_memory", "worker_died". Cancelling this call aborts the request.
+        "insufficient_memory", "worker_died", "timeout". Cancelling this call aborts the request.
         """
 
     async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -17,6 +17,9 @@ from mixbit.engine.transport import encode, read_from_worker
 
 _STDERR = 2
 
+# What Python runs as the worker. -P: the working directory may hold a folder named like one of ours.
+PROGRAM = ("-P", "-m", "mixbit.engine.worker")
+
 
 @dataclass(frozen=True, eq=False)
 class WorkerProcess:
@@ -35,9 +38,7 @@ class WorkerProcess:
             # Last, so that nothing can be cancelled between the start of the process and its keeper.
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                "-P",  # the working directory may hold a folder named like one of ours
-                "-m",
-                "mixbit.engine.worker",
+                *PROGRAM,
                 str(theirs.fileno()),
                 msgspec.json.encode(config).decode(),
                 pass_fds=(theirs.fileno(),),

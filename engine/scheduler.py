@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Callable
 
 from mixbit.engine.blocks import BlockPool
 from mixbit.engine.request import Chunk, Request
@@ -45,6 +46,11 @@ class Scheduler:
         return self.blocks.size * self.block_size
 
     @property
+    def blocks_used(self) -> int:
+        """Blocks that running requests hold."""
+        return self.blocks.size - self.blocks.free
+
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to run."""
         return not self.running and not self.waiting
@@ -71,14 +77,20 @@ class Scheduler:
         else:
             self.waiting.remove(request)
 
-    def plan(self) -> list[Chunk]:
-        """The chunks of the next step, oldest request first; empty only if idle. Blocks are allocated."""
+    def plan(self, prefill_limit: Callable[[int], int] | None = None) -> list[Chunk]:
+        """The chunks of the next step, oldest request first; empty only if idle. Blocks are allocated.
+
+        prefill_limit: how many tokens of prefill may run beside so many decodes, if there are any.
+        """
         self._grow_running()
         self._admit()
         for request in self.running:
             if request.computed < request.isolate_until:
                 return [self._chunk(request, min(request.pending, self.step_tokens))]
-        budget = self.step_tokens - sum(request.pending == 1 for request in self.running)
+        decodes = sum(request.pending == 1 for request in self.running)
+        budget = self.step_tokens - decodes
+        if decodes and prefill_limit is not None:
+            budget = min(budget, prefill_limit(decodes))
         prefills = [request for request in self.running if request.pending > 1]
         shares: dict[int, int] = {}
         for request in prefills:

@@ -22,6 +22,11 @@ class Stream:
         self._end: Finished | RequestFailed | None = None
         self._ended = False  # nothing more will be pushed
         self._changed = asyncio.Event()
+        self._at_end: Callable[[], None] = lambda: None
+
+    def on_end(self, call: Callable[[], None]) -> None:
+        """Call this when the request has ended, one way or another."""
+        self._at_end = call
 
     def push(self, delta: Delta) -> None:
         """Add text that has arrived."""
@@ -34,6 +39,7 @@ class Stream:
         """Note how the request ended; None if the reader gave it up."""
         self._end, self._ended = event, True
         self._changed.set()
+        self._at_end()
 
     def __aiter__(self) -> Stream:
         return self

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -34,6 +35,7 @@ from mixbit.engine.protocol import (
     Progress,
     Refused,
     Shutdown,
+    Stats,
     Tokenize,
     Tokenized,
     ToWorker,
@@ -46,6 +48,7 @@ log = logging.getLogger("mixbit.engine")
 
 _FLUSH_SECONDS = 1.0
 _CONGESTION_SECONDS = 0.05
+_STATS_SECONDS = 0.25
 
 
 class Inbox:
@@ -123,8 +126,27 @@ class Inbox:
         return None, refused
 
 
+class Reporter:
+    """Says when the server should hear how the engine stands."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._idle = False
+        self._next = 0.0
+
+    def due(self) -> list[Stats]:
+        """Stats if work has begun or ended since the last time, or has gone on for a while."""
+        idle, now = self._core.idle, time.monotonic()
+        if idle == self._idle and (idle or now < self._next):
+            return []
+        self._idle, self._next = idle, now + _STATS_SECONDS
+        return [self._core.stats()]
+
+
 def serve(core: EngineCore, inbox: Inbox, connection: WorkerSocket) -> None:
     """Run steps until asked to stop. Pauses while the server does not read."""
+    reporter = Reporter(core)
+    connection.send(reporter.due())
     while True:
         congested = connection.congested
         timeout = None if core.idle else _CONGESTION_SECONDS if congested else 0.0
@@ -136,8 +158,8 @@ def serve(core: EngineCore, inbox: Inbox, connection: WorkerSocket) -> None:
                     core.abort(item.request_id)
                 case Shutdown():
                     return
-        if not core.idle and not congested:
-            connection.send(core.step())
+        messages = [] if core.idle or congested else core.step()
+        connection.send([*messages, *reporter.due()])
 
 
 def _load(config: EngineConfig, inbox: Inbox, connection: WorkerSocket) -> BuiltEngine:

@@ -15,6 +15,7 @@ from mixbit.engine.protocol import (
     Generate,
     Progress,
     Ready,
+    Stats,
     TokenLogprobs,
     Usage,
 )
@@ -57,6 +58,7 @@ FAKE_READY = Ready(
     backend_reason="using fake: a script",
     weight_bytes=1000,
     cache_bytes=1000,
+    block_bytes=10,
     load_seconds=0.1,
 )
 
@@ -123,6 +125,8 @@ class FakeEngine:
     state: EngineState = EngineState.READY
     ready: Ready | None = FAKE_READY
     progress: Progress | None = None
+    stats: Stats | None = None
+    restarts: int = 0
     message: str | None = None
     requests: list[Generate] = field(default_factory=list)
     running: dict[str, FakeCompletion] = field(default_factory=dict)

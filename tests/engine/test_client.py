@@ -25,7 +25,7 @@ from mixbit.engine.client import (
 )
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.process import WorkerProcess, describe_exit
-from mixbit.engine.protocol import Delta, Finished, Generate, Progress, Sampling
+from mixbit.engine.protocol import Delta, Finished, Generate, Progress, Sampling, Stats
 from mixbit.engine.stream import Stream
 from tests.checkpoints import VOCAB_SIZE, write_checkpoint
 
@@ -403,3 +403,45 @@ def test_exits_are_described_in_words() -> None:
     assert describe_exit(-11) == "was killed by SIGSEGV"
     assert describe_exit(-9) == "was killed by SIGKILL (out of memory?)"
     assert describe_exit(-999) == "was killed by signal 999"
+
+
+async def test_a_request_that_takes_too_long_fails_and_frees_its_place(models: dict[str, Path]) -> None:
+    config = EngineConfig(model=str(models["qwen3_next"]), device="reference", max_running=1, max_queue=1)
+    async with EngineClient(config, request_timeout=0.6) as client:
+        await client.wait_ready()
+        started = time.monotonic()
+        running = await client.generate(message("running", max_tokens=500))
+        waiting = await client.generate(message("waiting", max_tokens=500))
+        for completion in (running, waiting):
+            with pytest.raises(RequestFailed, match=r"0\.6 s") as raised:
+                async for _ in completion:
+                    pass
+            assert raised.value.code == "timeout"
+        assert time.monotonic() - started < 5
+        assert (await complete(client, message("next", max_tokens=3)))[1].usage.completion_tokens == 3
+        await asyncio.sleep(0.7)  # its time is over too, and nothing happens
+        assert client.state is EngineState.READY
+
+
+async def test_the_worker_says_what_it_holds(models: dict[str, Path]) -> None:
+    async with engine(models["llama"], max_running=1) as client:
+        await until(lambda: client.stats is not None)
+        assert client.stats == Stats()
+        async with await client.generate(message(max_tokens=400)) as running:
+            await anext(aiter(running))
+            async with await client.generate(message("second")):
+                await until(lambda: client.stats is not None and client.stats.waiting == 1)
+                assert client.stats is not None
+                assert client.stats.running == 1
+                assert client.stats.blocks_used > 0
+                assert client.ready is not None
+                assert client.stats.blocks_used * client.ready.block_bytes <= client.ready.cache_bytes
+        await until(lambda: client.stats is not None and client.stats.running == client.stats.waiting == 0)
+        assert client.stats.blocks_used == client.stats.leaks == 0
+        assert client.stats.steps > 0
+        assert client.restarts == 0
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        await until(lambda: client.restarts == 1)
+        assert client.stats is None
+        await client.wait_ready()

@@ -1,0 +1,86 @@
+"""How much of a prompt a step may compute while others wait for their next token."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+
+_SMALLEST = 8  # tokens
+_REMEMBERED = 5  # measurements of one kind; their median counts, so that one slow step of a busy machine does not
+_REFRESH = 50  # steps with a prefill between two steps that show again what decodes cost alone
+
+
+class Pace:
+    """Chooses prefill sizes from what steps were measured to take.
+
+    A step of decodes and a prefill shall take at most `slowdown` times a step of the decodes alone. But a
+    prefill keeps at least `share` of the rate it has alone: where small chunks are much dearer per token
+    than large ones (experts are read again for each), waiting costs less than never arriving.
+    """
+
+    def __init__(self, longest: int, *, slowdown: float = 3.0, share: float = 0.25) -> None:
+        self._sizes = _ladder(longest)
+        self._slowdown, self._share = slowdown, share
+        self._decodes: dict[int, deque[float]] = {}  # seconds of steps without prefill, by size class of the batch
+        self._extra: dict[int, deque[float]] = {}  # seconds that a prefill of this size adds
+        self._alone: deque[float] = deque(maxlen=_REMEMBERED)  # tokens per second of large prefills alone
+        self._used: set[int] = set()  # sizes measured since the last step of decodes alone
+        self._mixed = 0  # steps of both since then
+
+    def note(self, decodes: int, prefill: int, seconds: float) -> None:
+        """A step of `decodes` sequences and `prefill` other tokens has taken so long."""
+        if not prefill:
+            _add(self._decodes, decodes.bit_length(), seconds)
+            if self._used:  # the others may have been measured in a bad moment, or long ago
+                self._extra = {size: self._extra[size] for size in self._used}
+            self._used, self._mixed = set(), 0
+            return
+        if not decodes and prefill >= self._sizes[-1] // 2:
+            self._alone.append(prefill / seconds)
+        self._mixed += bool(decodes)
+        size = max((size for size in self._sizes if size <= prefill), default=None)
+        if size is not None:
+            extra = seconds - (self._base(decodes) or 0.0)
+            _add(self._extra, size, max(extra, 0.0) * size / prefill)
+            self._used.add(size)
+
+    def limit(self, decodes: int) -> int:
+        """Tokens of prefill that the next step may have beside `decodes` sequences.
+
+        Zero now and then: a step of decodes alone shows what they cost.
+        """
+        base = self._base(decodes)
+        if base is None or self._mixed >= _REFRESH:
+            return 0
+        if not self._extra:
+            return self._sizes[0]
+        allowed = (self._slowdown - 1) * base
+        least = self._share * statistics.median(self._alone) if self._alone else 0.0
+        chosen = max((size for size in self._sizes if self._cost(size) <= allowed), default=self._sizes[0])
+        for size in self._sizes:
+            if size >= chosen and size >= least * (base + self._cost(size)):
+                return size
+        return self._sizes[-1]
+
+    def _base(self, decodes: int) -> float | None:
+        seconds = self._decodes.get(decodes.bit_length())
+        return statistics.median(seconds) if seconds else None
+
+    def _cost(self, size: int) -> float:
+        """Seconds that a prefill adds: measured, or in proportion to the nearest size that was."""
+        nearest = min(self._extra, key=lambda known: max(known / size, size / known))
+        return statistics.median(self._extra[nearest]) * size / nearest
+
+
+def _ladder(longest: int) -> list[int]:
+    """8, 12, 16, 24, 32, ... and `longest`, which ends it."""
+    sizes = []
+    size = _SMALLEST
+    while size < longest:
+        sizes += [each for each in (size, size * 3 // 2) if each < longest]
+        size *= 2
+    return [*sizes, longest]
+
+
+def _add(known: dict[int, deque[float]], key: int, value: float) -> None:
+    known.setdefault(key, deque(maxlen=_REMEMBERED)).append(value)

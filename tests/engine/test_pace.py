@@ -1,0 +1,83 @@
+"""Prefill sizes over simulated devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+import pytest
+
+from mixbit.engine.pace import Pace
+
+Device = Callable[[int, int], float]
+
+
+def compute_bound(decodes: int, prefill: int) -> float:
+    """A small dense model on a CPU: every token costs the same."""
+    return 0.005 + 0.001 * decodes + 0.0007 * prefill
+
+
+def experts_from_memory(decodes: int, prefill: int) -> float:
+    """A mixture of experts: small chunks read nearly as many experts as large ones."""
+    return 0.03 + 0.02 * min(decodes + prefill, 50) + 0.0005 * prefill
+
+
+def run(pace: Pace, device: Device, decodes: int, steps: int, noise: Callable[[], float] = lambda: 1.0) -> list[int]:
+    """A prompt alone, decodes alone, then both; the prefill of each step of both."""
+    for _ in range(5):
+        pace.note(0, 512, device(0, 512) * noise())
+    for _ in range(5):
+        pace.note(decodes, 0, device(decodes, 0) * noise())
+    sizes = []
+    for _ in range(steps):
+        size = pace.limit(decodes)
+        pace.note(decodes, size, device(decodes, size) * noise())
+        sizes.append(size)
+    return sizes
+
+
+@pytest.mark.parametrize("decodes", [1, 8])
+def test_steps_with_a_prefill_stay_near_the_target(decodes: int) -> None:
+    sizes = run(Pace(512), compute_bound, decodes, 200)
+    alone = compute_bound(decodes, 0)
+    times = [compute_bound(decodes, size) / alone for size in sizes]
+    assert max(times) <= 3.05
+    assert sum(sizes) / len(sizes) > 0.5 * 2 * alone / 0.0007  # and what is allowed is used
+
+
+def test_a_noisy_machine_does_not_stop_prefills() -> None:
+    random = Random(0)
+    sizes = run(Pace(512), compute_bound, 2, 1000, lambda: random.choice([1, 1, 1, 1.1, 1.3, 8]))
+    quiet = run(Pace(512), compute_bound, 2, 1000)
+    assert sum(sizes) > 0.4 * sum(quiet)
+
+
+def test_prefill_keeps_a_share_of_its_rate_where_small_chunks_are_dear() -> None:
+    sizes = run(Pace(512), experts_from_memory, 1, 200)
+    seconds = sum(experts_from_memory(1, size) for size in sizes)
+    alone = 512 / experts_from_memory(0, 512)
+    assert sum(sizes) / seconds > 0.2 * alone
+    assert max(sizes) < 512  # though not at any price
+
+
+def test_the_cost_of_decodes_is_measured_again() -> None:
+    pace = Pace(512)
+    run(pace, compute_bound, 1, 60)
+    before = pace.limit(1)
+    slower = [size for size in run(pace, lambda decodes, prefill: 5 * compute_bound(decodes, prefill), 1, 400) if size]
+    assert slower[-1] == pytest.approx(before, rel=0.6)  # all is slower, so the ratio is what it was
+    assert 0 in run(pace, compute_bound, 1, 120)
+
+
+def test_the_first_decodes_run_alone() -> None:
+    pace = Pace(512)
+    assert pace.limit(3) == 0
+    pace.note(3, 0, 0.01)
+    assert 0 < pace.limit(3) < 512
+
+
+@pytest.mark.parametrize("longest", [1, 7, 8, 100, 512])
+def test_sizes_are_within_the_step(longest: int) -> None:
+    pace = Pace(longest)
+    for size in run(pace, compute_bound, 1, 100):
+        assert 0 <= size <= longest
