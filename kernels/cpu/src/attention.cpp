@@ -129,14 +129,16 @@ class Attention final : public Op {
   void load_queries(const Step& step, const QueryTile& tile, float* q) const {
     for (std::int64_t t = tile.begin; t < tile.end; ++t) {
       for (std::int64_t g = 0; g < group_; ++g, q += spec_.head_dim) {
-        std::memcpy(q, step.head(q_, t, tile.head * group_ + g), static_cast<std::size_t>(spec_.head_dim) * sizeof(float));
+        const float* from = step.head(q_, t, tile.head * group_ + g);
+        std::memcpy(q, from, static_cast<std::size_t>(spec_.head_dim) * sizeof(float));
         transform(spec_.q_norm, t, q);
         context_.machine.ops.scale(spec_.scale, spec_.head_dim, q);
       }
     }
   }
 
-  void attend_run(const Step& step, const QueryTile& tile, std::int64_t run, const Scratch& s, const Partial& to) const {
+  void attend_run(const Step& step, const QueryTile& tile, std::int64_t run, const Scratch& s,
+                  const Partial& to) const {
     AttentionTile<Storage> t;
     t.q = s.q;
     t.rows = (tile.end - tile.begin) * group_;

@@ -132,7 +132,8 @@ class GatedDelta final : public Op {
     }
   }
 
-  void make_gates(const Step& step, std::int64_t head, std::int64_t begin, std::int64_t tokens, const Scratch& s) const {
+  void make_gates(const Step& step, std::int64_t head, std::int64_t begin, std::int64_t tokens,
+                  const Scratch& s) const {
     for (std::int64_t t = 0; t < tokens; ++t) {
       const float* a = step.head(in_.a, begin + t, head);
       const float* b = step.head(in_.b, begin + t, head);

@@ -99,12 +99,13 @@ void attention(Program& p, const ColumnsArg& q, const ColumnsArg& k, const Colum
 void gated_delta(Program& p, const std::vector<ColumnsArg>& in, std::int64_t key_heads, std::int64_t value_heads,
                  std::int64_t key_dim, std::int64_t value_dim, const Floats& conv, const Floats& a_log,
                  const Floats& dt_bias, const NormArg& weight, int out) {
-  if (in.size() != 6 || conv.ndim() != 2) throw std::invalid_argument("gated_delta: six inputs, conv of two dimensions");
+  if (in.size() != 6 || conv.ndim() != 2) throw std::invalid_argument("gated_delta: six inputs, a conv matrix");
   std::vector<int> inputs;
   for (const ColumnsArg& c : in) inputs.push_back(std::get<0>(c));
   GatedDeltaInputs from{columns(p, in[0]), columns(p, in[1]), columns(p, in[2]),
                         columns(p, in[3]), columns(p, in[4]), columns(p, in[5])};
-  GatedDeltaSpec spec{key_heads,    value_heads,   key_dim,         value_dim,   static_cast<std::int64_t>(conv.shape(1)),
+  const auto kernel = static_cast<std::int64_t>(conv.shape(1));
+  GatedDeltaSpec spec{key_heads,    value_heads,   key_dim,         value_dim,   kernel,
                       vector(conv), vector(a_log), vector(dt_bias), norm(weight)};
   p.uses_state();
   auto op = make_gated_delta(p.context(), from, std::move(spec), p.value(out), p.cache_bytes());
@@ -185,7 +186,9 @@ NB_MODULE(_cpu, m) {
           nb::kw_only(), nb::arg("max_tokens"), nb::arg("blocks"), nb::arg("block_size"), nb::arg("state_slots"),
           nb::arg("threads"), nb::arg("isa"), nb::arg("profile"))
       .def("value",
-           [](Program& p, std::int64_t dim, bool selected) { p.add_value(dim, selected ? Rows::selected : Rows::tokens); })
+           [](Program& p, std::int64_t dim, bool selected) {
+             p.add_value(dim, selected ? Rows::selected : Rows::tokens);
+           })
       .def("rope", [](Program& p, const Floats& inv_freq, float scale) { p.add_rope(vector(inv_freq), scale); })
       .def("embed", &embed)
       .def("select_rows",

@@ -50,14 +50,19 @@ inline void multiply_columns(const float* a, std::int64_t a_stride, const Storag
   if (rows > 0) multiply_rest<most, width>(a, a_stride, b, b_stride, depth, c, c_stride, rows);
 }
 
-// c[rows, columns] += a[rows, depth] * b[depth, columns]; columns are a multiple of lane_pad.
+// c[rows, columns] += a[rows, depth] * b[depth, columns]; columns are a multiple of lane_pad. Few rows take wide
+// steps, so that there are sums enough to hide the latency of an fma; each sum has one order whatever the step.
 template <typename Storage>
 inline void multiply(const float* a, std::int64_t a_stride, const Storage* b, std::int64_t b_stride,
                      std::int64_t depth, float* c, std::int64_t c_stride, std::int64_t rows, std::int64_t columns) {
-  constexpr int width = 2;
   std::int64_t i = 0;
-  for (; i + width * lanes <= columns; i += width * lanes) {
-    multiply_columns<width>(a, a_stride, b + i, b_stride, depth, c + i, c_stride, rows);
+  if (rows <= 3) {
+    for (; i + 4 * lanes <= columns; i += 4 * lanes) {
+      multiply_rest<4, 4>(a, a_stride, b + i, b_stride, depth, c + i, c_stride, rows);
+    }
+  }
+  for (; i + 2 * lanes <= columns; i += 2 * lanes) {
+    multiply_columns<2>(a, a_stride, b + i, b_stride, depth, c + i, c_stride, rows);
   }
   for (; i < columns; i += lanes) {
     multiply_columns<1>(a, a_stride, b + i, b_stride, depth, c + i, c_stride, rows);

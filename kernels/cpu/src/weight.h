@@ -38,8 +38,9 @@ class Weight {
   Weight(nanobind::handle weight, nanobind::object scales, nanobind::object biases, DType dtype, int bits,
          int group_size, std::int64_t experts, std::int64_t rows, std::int64_t cols) {
     if (experts < 1 || rows < 1 || cols < 1) throw std::invalid_argument("an empty matrix");
-    if (bits != 0 && (bits < 1 || bits > 8 || bits == 7 || (group_size != 32 && group_size != 64 && group_size != 128) ||
-                      cols % group_size != 0)) {
+    const bool width = bits >= 1 && bits <= 8 && bits != 7;
+    const bool group = group_size == 32 || group_size == 64 || group_size == 128;
+    if (bits != 0 && !(width && group && cols % group_size == 0)) {
       throw std::invalid_argument("no kernel for " + std::to_string(bits) + " bits in groups of " +
                                   std::to_string(group_size) + " of " + std::to_string(cols) + " columns");
     }
