@@ -10,6 +10,7 @@ Needs MLX with Metal or CUDA. `parity --on-host` runs the Metal text on the host
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -44,7 +45,7 @@ def parity(launcher: Launcher, device: mx.DeviceType) -> None:
     """Print the largest error of each case, relative to the largest value wanted."""
     from tests.kernels.builders import CACHE, Sequences
 
-    limits = {"float32": 2e-4, "float16": 2e-2, "bfloat16": 1.5e-1}
+    limits = {"float32": 2e-4, "bfloat16": 1.5e-1}
     wrong = 0
     for name, (graph, sizes) in _cases().items():
         want = _outputs(ReferenceBackend().compile(graph, CACHE, ExecutorOptions(max_tokens=64)), Sequences, sizes)
@@ -52,8 +53,12 @@ def parity(launcher: Launcher, device: mx.DeviceType) -> None:
         for dtype, limit in limits.items():
             for label, table in (("stock", STOCK), ("custom", custom_table(launcher))):
                 options = ExecutorOptions(max_tokens=64, dtype=dtype)  # type: ignore[arg-type]
-                got = _outputs(executors.MlxExecutor(graph, CACHE, options, device, table), Sequences, sizes)
-                error = float(np.abs(got - want).max() / np.abs(want).max())
+                try:
+                    got = _outputs(executors.MlxExecutor(graph, CACHE, options, device, table), Sequences, sizes)
+                    error = float(np.abs(got - want).max() / np.abs(want).max())
+                except (RuntimeError, ValueError) as failure:  # a kernel that does not compile must not end the rest
+                    print(f"{name}, {dtype} {label}: {str(failure)[:1500]}", flush=True)
+                    error = math.nan
                 bad = not error < limit
                 wrong += bad and label == "custom"
                 shown.append(f"{dtype} {label} {error:.1e}{' WRONG' if bad else ''}")
@@ -74,15 +79,15 @@ def _cases() -> dict[str, tuple[ops.Program, list[int]]]:
     for rows in (1, 5, 8):
         specs = [BatchMatvecSpec(t.quantized(70, 576, bits=bits, group_size=64)) for bits in BITS]
         made[f"matvec of all widths, add and norm, {rows} tokens"] = (_sum(t.values(rows, 576), specs, t), [rows])
-    for bits in (2, 3, 4, 5, 6, 8):
+    for bits in (3, 4, 8):  # few: each is compiled here, and the host runs them all
         spec = t.moe(dim=128, hidden=96, experts=40, top_k=6, bits=bits)
         for rows in (1, 9):
             graph = program_of(t.values(rows, 128), partial(_moe, spec))
             made[f"moe, {bits} bits, {rows} tokens"] = (graph, [rows])
     for name in test_gated_delta.SHAPES:
         made[f"gated delta, {name}"] = (test_gated_delta.layer(name), [5, 1, 1, 1])
-    for name, shape in test_attention.SHAPES.items():
-        made[f"attention, {name}"] = (test_attention.layer(shape), [5, 1, 1, 1])
+    for name in ("plain", "partial-rope", "normed", "gated"):
+        made[f"attention, {name}"] = (test_attention.layer(test_attention.SHAPES[name]), [5, 1, 1, 1])
     return made
 
 
@@ -152,9 +157,11 @@ def kernels(launcher: Launcher) -> None:
 
     print(f"an add in a chain: {microseconds(chain, 500):.2f} us")
     print(f"{'us for one operation':52s} {'stock':>9s} {'custom':>9s} {'GB/s':>8s} {'GB/s':>8s}")
-    _matvecs(launcher, dtype)
-    _mixture(launcher, dtype)
-    _small(launcher, dtype)
+    for part in (_matvecs, _mixture, _small, _delta):
+        try:
+            part(launcher, dtype)
+        except (RuntimeError, ValueError) as failure:
+            print(f"{part.__name__}: {str(failure)[:1500]}", flush=True)
 
 
 def _copy_bandwidth() -> float:
@@ -272,7 +279,6 @@ def _small(launcher: Launcher, dtype: mx.Dtype) -> None:
         microseconds(lambda n: chain(n, add_norm), 200),
         0,
     )
-    _delta(launcher, dtype)
 
 
 def _delta(launcher: Launcher, dtype: mx.Dtype) -> None:
