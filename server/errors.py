@@ -10,6 +10,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+ANTHROPIC = "/v1/messages"  # paths from here on speak Anthropic's form
+
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "service_unavailable"}
 
 
@@ -46,10 +48,28 @@ def error_object(error: HTTPException) -> dict[str, Any]:
     return {"error": {"message": str(error.detail), "type": kind, "param": param, "code": code}}
 
 
-def error_response(error: HTTPException) -> Response:
-    """The answer for `error`."""
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(error: HTTPException) -> dict[str, Any]:
+    """The same as Anthropic's clients expect it."""
+    status = error.status_code
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error.detail)}}
+
+
+def error_response(error: HTTPException, path: str) -> Response:
+    """The answer for `error`, in the form of the API that `path` belongs to."""
+    anthropic = path == ANTHROPIC or path.startswith(f"{ANTHROPIC}/")
     return Response(
-        msgspec.json.encode(error_object(error)),
+        msgspec.json.encode(anthropic_error(error) if anthropic else error_object(error)),
         error.status_code,
         dict(error.headers or {}),
         media_type="application/json",
@@ -73,16 +93,17 @@ async def _on_http(request: Request, error: Exception) -> Response:
         }.get(error.status_code, str(error.detail))
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         error = ApiError(error.status_code, text, code=code, headers=error.headers)
-    return error_response(error)
+    return error_response(error, request.scope["path"])
 
 
-async def _on_validation(_: Request, error: Exception) -> Response:
+async def _on_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return error_response(validation_error(error.errors(), error.body))
+    return error_response(validation_error(error.errors(), error.body), request.scope["path"])
 
 
-async def _on_crash(_: Request, error: Exception) -> Response:
-    return error_response(ApiError(500, "The server failed on this request; its log says why.", code="internal_error"))
+async def _on_crash(request: Request, error: Exception) -> Response:
+    crash = ApiError(500, "The server failed on this request; its log says why.", code="internal_error")
+    return error_response(crash, request.scope["path"])
 
 
 def validation_error(problems: Iterable[Mapping[str, Any]], body: Any) -> ApiError:

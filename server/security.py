@@ -10,11 +10,8 @@ import asyncio
 import hashlib
 import hmac
 import json
-import logging
-import time
 from collections.abc import Iterable
 from typing import Any
-from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -23,11 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mixbit.server.errors import ApiError, error_response
 from mixbit.server.settings import HTTP, Access, HttpLimits
 
-log = logging.getLogger("mixbit.server")
-
 
 class Guard:
-    """Checks requests by `access` and `limits`, and logs one line about each; never what was said."""
+    """Checks requests by `access` and `limits`."""
 
     def __init__(self, app: ASGIApp, access: Access, limits: HttpLimits = HTTP) -> None:
         self._app, self._access, self._limits = app, access, limits
@@ -38,33 +33,26 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, started, status = Headers(scope=scope), time.perf_counter(), 0
+        headers = Headers(scope=scope)
         shared = self._may_share(headers.get("origin"))
 
-        async def watch(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                if shared:
-                    allow = (b"access-control-allow-origin", headers["origin"].encode("latin-1"))
-                    message = {**message, "headers": [*message.get("headers", ()), allow, (b"vary", b"Origin")]}
+        async def share(message: Message) -> None:
+            if message["type"] == "http.response.start" and shared:
+                allow = (b"access-control-allow-origin", headers["origin"].encode("latin-1"))
+                message = {**message, "headers": [*message.get("headers", ()), allow, (b"vary", b"Origin")]}
             await send(message)
 
         try:
             self._check(scope, headers)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers and shared:
-                await _preflight(headers)(scope, receive, watch)
+                await _preflight(headers)(scope, receive, share)
                 return
             self._check_key(scope, headers)
             if scope["method"] in {"POST", "PUT", "PATCH"}:
                 receive = await self._read(headers, receive)
-            await self._app(scope, receive, watch)
+            await self._app(scope, receive, share)
         except ApiError as error:
-            await error_response(error)(scope, receive, watch)
-        finally:
-            if log.isEnabledFor(logging.INFO):
-                seconds = time.perf_counter() - started
-                log.info("%s %s %d %.3fs", scope["method"], quote(scope["path"])[:200], status or 500, seconds)
+            await error_response(error, scope["path"])(scope, receive, share)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.max_header_bytes:

@@ -26,6 +26,11 @@ def event(data: object) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
+def typed_event(data: dict[str, Any]) -> bytes:
+    """One event under the name that `data` has as its `type`."""
+    return f"event: {data['type']}\n".encode() + event(data)
+
+
 def error_event(error: ApiError) -> bytes:
     """What a stream says when it cannot go on."""
     return event(error_object(error))

@@ -74,9 +74,9 @@ async def create_chat_completion(
 ) -> Response:
     """Continue a conversation."""
     service.require_model(body.model)
-    _refuse_unsupported(body)
+    refuse_unsupported(body)
     require_ready(service.engine)
-    generate = await _plan(body, service)
+    generate = await plan(body, service)
     requests = [
         msgspec.structs.replace(
             generate,
@@ -93,8 +93,8 @@ async def create_chat_completion(
     return await Answer(generate.request_id, service.model.name, batch, form, body).response(request)
 
 
-def _refuse_unsupported(body: CreateChatCompletionRequest) -> None:
-    """Fields that are part of the API but cannot be honoured."""
+def refuse_unsupported(body: CreateChatCompletionRequest) -> None:
+    """Raise a 400 for fields that are part of the API but cannot be honoured."""
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
     if body.stream_options is not None and not body.stream:
@@ -115,7 +115,8 @@ def _unsupported(param: str, what: str, hint: str) -> ApiError:
     return invalid(f"'{param}': {what} is not supported by this server; {hint}.", param, "unsupported_value")
 
 
-async def _plan(body: CreateChatCompletionRequest, service: Service) -> Generate:
+async def plan(body: CreateChatCompletionRequest, service: Service) -> Generate:
+    """The message to the engine for one choice, its prompt rendered. Raises ApiError."""
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return Generate(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
