@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from mixbit.engine.errors import UserError
+from mixbit.engine.logs import LogFormat
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -21,7 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_running: sequences in a batch. max_queue: requests waiting beyond that. step_tokens: rows of the
     largest batch, so also the prefill chunk. cache_bytes: bytes for KV and states, None for a share of
     the memory that is free after loading. block_size: tokens in a KV block. top_k_experts: overrides the
-    model's experts per token. isa, dtype, profile: as in kernels' ExecutorOptions.
+    model's experts per token. isa, dtype, profile: as in kernels' ExecutorOptions. log_format: "text" or "json".
     """
 
     model: str
@@ -37,6 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     isa: str | None = None
     dtype: str | None = None
     profile: bool = False
+    log_format: LogFormat = "text"
 
     def check(self) -> EngineConfig:
         """Return self if every value is in range, else raise ConfigError."""

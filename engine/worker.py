@@ -24,6 +24,7 @@ from mixbit.engine.admission import Admission, Generation, RefusedError
 from mixbit.engine.build import LOAD_ERRORS, BuiltEngine, build
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.core import EngineCore
+from mixbit.engine.logs import start_logging
 from mixbit.engine.protocol import (
     Abort,
     Accepted,
@@ -195,10 +196,11 @@ def _follow_parent() -> None:
 def main(arguments: list[str]) -> int:
     """Serve the socket at file descriptor arguments[0] with the configuration arguments[1], in JSON."""
     _follow_parent()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    config = msgspec.json.decode(arguments[1], type=EngineConfig)
+    start_logging("info", config.log_format, "%(message)s")
     connection = WorkerSocket(socket.socket(fileno=int(arguments[0])))
     inbox = Inbox(connection)
-    built = _load(msgspec.json.decode(arguments[1], type=EngineConfig), inbox, connection)
+    built = _load(config, inbox, connection)
     inbox.open(built.core.admission)
     connection.send([built.ready])
     serve(built.core, inbox, connection)

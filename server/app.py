@@ -6,8 +6,10 @@ from fastapi import FastAPI
 
 from mixbit.engine.client import Engine
 from mixbit.server import errors
+from mixbit.server.metrics import Metrics
 from mixbit.server.model import ServedModel
-from mixbit.server.routes import chat, completions, docs, embeddings, health, infill, llama, models
+from mixbit.server.observe import Observer
+from mixbit.server.routes import chat, completions, docs, embeddings, health, infill, llama, metrics, models
 from mixbit.server.schema.common import ErrorResponse
 from mixbit.server.security import Guard
 from mixbit.server.service import Service
@@ -39,11 +41,13 @@ def create_app(engine: Engine, model: ServedModel, access: Access) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = Service(engine, model)
+    app.state.metrics = Metrics(engine)
     for route in (chat, completions, embeddings, infill, llama):
         app.include_router(route.router, responses={**_REFUSALS, **_ANY_ERROR})
-    for route in (models, health):
+    for route in (models, health, metrics):
         app.include_router(route.router, responses=_ANY_ERROR)
     app.include_router(docs.router)
     errors.install(app)
     app.add_middleware(Guard, access=access)
+    app.add_middleware(Observer, meter=app.state.metrics)  # around the guard
     return app

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mixbit.engine.client import Completion, Engine, EngineState, RequestError
 from mixbit.engine.protocol import Delta, Finished, Generate, Sampling
 from mixbit.server.errors import ApiError
+from mixbit.server.observe import Record, current_record
 from mixbit.server.presets import SamplingDefaults
 from mixbit.server.schema.common import CompletionUsage, PromptTokensDetails, SamplingFields
 
@@ -21,6 +23,7 @@ _STATUS = {
     "insufficient_memory": 503,
     "worker_died": 503,
     "not_ready": 503,
+    "timeout": 504,
 }
 _RETRY = {"queue_full": "1", "insufficient_memory": "5", "worker_died": "2", "not_ready": "2"}
 
@@ -81,14 +84,21 @@ class Batch:
 
     completions: Sequence[Completion]
     per_prompt: int
+    record: Record = field(default_factory=Record)
 
     @classmethod
     async def start(cls, engine: Engine, requests: Iterable[Generate], per_prompt: int) -> Batch:
         """Submit all; wait until each is accepted. Raises RequestRefused and then leaves none running."""
+        requests, record = list(requests), current_record()
+        record.begin(re.sub(r"-\d{1,4}$", "", requests[0].request_id))  # without the number of the choice
         tasks = [asyncio.ensure_future(engine.generate(request)) for request in requests]
         try:
-            return cls(await asyncio.gather(*tasks), per_prompt)
-        except BaseException:
+            completions = await asyncio.gather(*tasks)
+            record.accepted([each.prompt_tokens for each in completions[::per_prompt]], per_prompt)
+            return cls(completions, per_prompt, record)
+        except BaseException as error:
+            if isinstance(error, RequestError):
+                record.end("timeout" if error.code == "timeout" else "refused")
             for task in tasks:
                 task.cancel()
             for done in await asyncio.gather(*tasks, return_exceptions=True):
@@ -99,16 +109,25 @@ class Batch:
     async def events(self) -> AsyncGenerator[tuple[int, Delta | Finished], None]:
         """(choice, event) as they come, to the end of all. Raises RequestFailed of the first that fails.
         Closing it aborts what still runs."""
+        record = self.record
         try:
-            if len(self.completions) == 1:
-                async for event in self.completions[0]:
-                    yield 0, event
-            else:
-                async with aclosing(self._merged()) as merged:
-                    async for pair in merged:
-                        yield pair
+            async with aclosing(self._one() if len(self.completions) == 1 else self._merged()) as events:
+                async for choice, event in events:
+                    record.note(choice, event)
+                    yield choice, event
+            record.end("completed")
+        except RequestError as error:
+            record.end("timeout" if error.code == "timeout" else "failed")
+            raise
+        except Exception:
+            record.end("failed")
+            raise
         finally:
             await self.aclose()
+
+    async def _one(self) -> AsyncGenerator[tuple[int, Delta | Finished], None]:
+        async for event in self.completions[0]:
+            yield 0, event
 
     async def _merged(self) -> AsyncGenerator[tuple[int, Delta | Finished], None]:
         # Of one place, so that a slow reader is felt by the completions, which join what waits.

@@ -32,9 +32,13 @@ class PortError(UserError):
 
 @dataclass(frozen=True)
 class Serving:
-    """What to serve, where, and to whom. names: the served name and its aliases. local: a loopback address."""
+    """What to serve, where, and to whom.
+
+    request_timeout: seconds, None for no limit. names: the served name and its aliases. local: a loopback address.
+    """
 
     engine: EngineConfig
+    request_timeout: float | None
     names: tuple[str, ...]
     chat_template: Path | None
     host: str
@@ -83,7 +87,7 @@ class _Process:
 
     def __init__(self, serving: Serving, sock: socket.socket, steps: Steps) -> None:
         self._serving, self._sock, self._steps = serving, sock, steps
-        self._engine = EngineClient(serving.engine)
+        self._engine = EngineClient(serving.engine, request_timeout=serving.request_timeout)
         self._stop = asyncio.Event()
 
     async def main(self) -> int:

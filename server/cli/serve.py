@@ -10,9 +10,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixbit.engine import logs
 from mixbit.engine.errors import UserError
 
 if TYPE_CHECKING:
+    from mixbit.engine.logs import LogFormat
     from mixbit.server.settings import Access
 
 _EPILOG = """examples:
@@ -55,6 +57,9 @@ def add_parser(commands: Any) -> None:
     engine.add_argument(
         "--cache-memory", metavar="SIZE", type=_size, help="for the KV cache, such as 2G (default: from what is free)"
     )
+    engine.add_argument(
+        "--request-timeout", metavar="SECONDS", type=_seconds, help="for one request, waiting included (default: none)"
+    )
     engine.add_argument("--k", metavar="K", type=int, help="active experts per token (default: the model's own)")
     engine.add_argument("--dtype", metavar="NAME", help="activations of GPU backends (default: the checkpoint's)")
     engine.add_argument("--isa", metavar="NAME", help="force a CPU instruction set (default: the best)")
@@ -80,8 +85,10 @@ def add_parser(commands: Any) -> None:
     output.add_argument(
         "--log-level",
         choices=["debug", "info", "warning", "error"],
-        default="warning",
-        help="info: one line for each request (default: warning)",
+        help="info: one line for each request (default: warning; info if the format is json)",
+    )
+    output.add_argument(
+        "--log-format", choices=["text", "json"], default="text", help="json: one object a line (default: text)"
     )
     parser.set_defaults(run=run)
 
@@ -90,6 +97,12 @@ def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d{1,9}(\.\d+)?", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return float(text)
 
 
 def _size(text: str) -> int:
@@ -140,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     from mixbit.server import serving
     from mixbit.server.console import Steps
 
-    start_logging(args.log_level)
+    start_logging(args.log_level or ("info" if args.log_format == "json" else "warning"), args.log_format)
     if args.port:
         serving.listen(args.host, args.port).close()  # a taken port is said before a long download
     with Steps() as steps:
@@ -156,10 +169,12 @@ def run(args: argparse.Namespace) -> int:
             top_k_experts=args.k,
             isa=args.isa,
             dtype=args.dtype,
+            log_format=args.log_format,
         ).check()
         return serving.run(
             serving.Serving(
                 engine=config,
+                request_timeout=args.request_timeout,
                 names=served_names(args, directory),
                 chat_template=args.chat_template,
                 host=args.host,
@@ -190,11 +205,9 @@ def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
-def start_logging(level: str) -> None:
+def start_logging(level: str, log_format: LogFormat) -> None:
     """Logs go to stderr; the libraries' own chatter only at debug."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
-    )
+    logs.start_logging(level, log_format, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     if level == "info":
         for name in ("uvicorn", "httpx", "asyncio"):
             logging.getLogger(name).setLevel(logging.WARNING)

@@ -45,6 +45,24 @@ class RunningServer:
             if "mixbit.engine.worker" in " ".join(child.cmdline())
         )
 
+    def numbers(self) -> dict[str, float]:
+        """What /metrics says."""
+        with self.client() as client:
+            return numbers(client.get("/metrics").text)
+
+    def settled(self) -> dict[str, float]:
+        """What /metrics says once nothing runs. Fails if something is held all the same."""
+        found: dict[str, float] = {}
+
+        def idle() -> bool:
+            found.update(self.numbers())
+            return bool(found["mixbit_ready"] and not found["mixbit_requests_running"] + found["mixbit_requests_waiting"])
+
+        until(idle)
+        assert found["mixbit_leaks_total"] == 0
+        assert found['mixbit_kv_bytes{state="used"}'] == 0
+        return found
+
     def interrupt(self) -> None:
         """Ctrl-C, as a terminal sends it: to the whole process group."""
         os.killpg(self.process.pid, signal.SIGINT)
@@ -97,6 +115,12 @@ def _address(server: RunningServer) -> str:
         assert server.process.poll() is None, server.text()
         time.sleep(0.02)
     raise AssertionError(f"no address within {START_SECONDS} s: {server.text()}")
+
+
+def numbers(text: str) -> dict[str, float]:
+    """Metrics by name and labels."""
+    lines = [line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
 
 
 def until(condition: Any, seconds: float = 20) -> None:
