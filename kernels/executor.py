@@ -15,6 +15,10 @@ Int32Array = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]  # one-dimensional
 
 
+class BackendError(RuntimeError):
+    """The asked-for device, or the way it was asked for, cannot be used here; the message says why."""
+
+
 @dataclass(frozen=True)
 class CacheConfig:
     """Sizes of the pools an executor allocates.

@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mixbit.kernels.cpu.backend import CpuBackend
-from mixbit.kernels.executor import Backend
+from mixbit.kernels.executor import Backend, BackendError
 from mixbit.kernels.mlx.backend import MlxBackend
 from mixbit.kernels.reference.backend import ReferenceBackend
+
+__all__ = ["DEVICES", "BackendError", "Choice", "availability", "choose"]
 
 # In order of preference. The reference is never chosen by itself: it is the slow definition.
 _BACKENDS: tuple[Backend, ...] = (MlxBackend("metal"), MlxBackend("cuda"), CpuBackend())
 _ONLY_BY_NAME: tuple[Backend, ...] = (MlxBackend("mlx-cpu"), ReferenceBackend())
 
 DEVICES = ("auto", *(backend.name for backend in _BACKENDS + _ONLY_BY_NAME))
-
-
-class BackendError(RuntimeError):
-    """The asked-for device cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)

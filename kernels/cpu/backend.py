@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixbit.kernels import ops
-from mixbit.kernels.executor import Batch, Bytes, CacheConfig, ExecutorOptions
+from mixbit.kernels.executor import BackendError, Batch, Bytes, CacheConfig, ExecutorOptions
 
 if TYPE_CHECKING:
     from mixbit.kernels.cpu import _cpu
@@ -40,14 +40,19 @@ class CpuBackend:
     def compile(self, program: ops.Program, cache: CacheConfig, options: ExecutorOptions) -> CpuExecutor:
         """Record the program natively and allocate its pools; quantized weights and matrices are not copied.
 
-        Raises ValueError for an instruction set that this machine cannot run (the message names those that it
-        can), for a dtype other than float32, and where shapes of the program contradict each other.
+        Raises BackendError for an instruction set that this machine cannot run (the message names those that it
+        can) and for a dtype other than float32; ValueError where shapes of the program contradict each other.
         """
         from mixbit.kernels.cpu import _cpu
         from mixbit.kernels.cpu.recorder import record
 
         if options.dtype not in (None, "float32"):
-            raise ValueError(f"the CPU backend computes in float32, not {options.dtype}")
+            raise BackendError(f"the CPU backend computes in float32, not {options.dtype}")
+        isas = _cpu.supported_isas()
+        if options.isa is not None and options.isa not in isas:
+            raise BackendError(
+                f"instruction set {options.isa!r} cannot run here; this machine and build run: {', '.join(isas)}"
+            )
         native = _cpu.Program(
             max_tokens=options.max_tokens,
             blocks=cache.blocks,

@@ -13,7 +13,7 @@ import pytest
 
 from mixbit.kernels.cpu import _cpu
 from mixbit.kernels.cpu.backend import CpuBackend, CpuExecutor
-from mixbit.kernels.executor import Batch, CacheConfig, ExecutorOptions
+from mixbit.kernels.executor import BackendError, Batch, CacheConfig, ExecutorOptions
 from mixbit.kernels.ops import AttentionSpec, Columns, Program, Rope
 from mixbit.kernels.spec import BatchMatvecSpec, QuantizedTensor
 from tests.kernels.builders import CACHE, Sequences, Tensors, all_rows, assert_close, feed, program_of
@@ -219,12 +219,12 @@ def test_batches_of_wrong_types_are_refused() -> None:
 
 def test_unknown_or_unsupported_instruction_sets_name_the_supported() -> None:
     for isa in {"sse9", "avx2", "avx512", "neon"} - set(_cpu.supported_isas()):
-        with pytest.raises(ValueError, match=f"'{isa}' cannot run here; this machine and build run: portable"):
+        with pytest.raises(BackendError, match=f"'{isa}' cannot run here; this machine and build run: portable"):
             CpuBackend().compile(PROGRAM, CACHE, ExecutorOptions(max_tokens=1, isa=isa))
 
 
 def test_other_dtypes_are_refused() -> None:
-    with pytest.raises(ValueError, match="computes in float32, not bfloat16"):
+    with pytest.raises(BackendError, match="computes in float32, not bfloat16"):
         CpuBackend().compile(PROGRAM, CACHE, ExecutorOptions(max_tokens=1, dtype="bfloat16"))
 
 
