@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mixbit.engine.constraint import GrammarCompiler, GrammarError
 from mixbit.engine.detokenizer import Detokenizer
 from mixbit.engine.protocol import ErrorCode, Generate, Sampling
-from mixbit.engine.request import Request
+from mixbit.engine.request import Request, prompt_stops
 from mixbit.engine.sampling import Sampler
 from mixbit.engine.tokenizer import Tokenizer
 
@@ -107,8 +107,9 @@ class Admission:
             constraint = None if message.grammar is None else self._grammars.compile(message.grammar)
         except GrammarError as error:
             raise RefusedError("invalid_value", str(error), error.param) from None
+        stops = prompt_stops(tokens, self._tokenizer.eos_ids)
         return Generation(
-            Request(message.request_id, list(tokens), prompt_tokens=len(tokens), max_length=longest),
+            Request(message.request_id, list(tokens), prompt_tokens=len(tokens), max_length=longest, stops=stops),
             Sampler(message.sampling, tokens, logprobs=message.logprobs, constraint=constraint),
             Detokenizer(self._tokenizer, message.stop, message.shown_tokens),
             frozenset() if message.ignore_eos else self._tokenizer.eos_ids,

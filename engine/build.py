@@ -74,6 +74,7 @@ def build(config: EngineConfig, progress: Progress) -> BuiltEngine:
         block_size=cache.block_size,
         max_running=config.max_running,
         step_tokens=config.step_tokens,
+        spare_states=cache.state_slots - config.max_running if model.program.gated_deltas else None,
     )
     limits = Limits(context_length, scheduler.capacity, model.vocab_size, config.max_running + config.max_queue)
     ready = Ready(

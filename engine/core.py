@@ -13,13 +13,13 @@ from mixbit.engine.admission import Admission, Generation
 from mixbit.engine.detokenizer import Piece
 from mixbit.engine.pace import Pace
 from mixbit.engine.protocol import Delta, Failed, Finished, FinishReason, FromWorker, Stats, Usage
-from mixbit.engine.request import Chunk, Request
+from mixbit.engine.request import Chunk, Move, Request
 from mixbit.engine.sampling import NonFiniteLogitsError
 from mixbit.engine.scheduler import Scheduler
 
 log = logging.getLogger("mixbit.engine")
 
-Step = Callable[[Sequence[Chunk]], npt.NDArray[np.float32]]
+Step = Callable[[Sequence[Chunk], list[Move]], npt.NDArray[np.float32]]
 
 # A step of one request that raises is that request's fault. So many in a row, with no step between them
 # that worked, is the device's: the worker gives up, and a new one may do better.
@@ -29,7 +29,8 @@ _FAILURES_IN_A_ROW = 3
 class EngineCore:
     """Scheduler, model, samplers and detokenizers of all requests.
 
-    step: computes chunks and returns logits [rows, vocab], a row for each chunk that samples, in order.
+    step: makes the moves, computes chunks and returns logits [rows, vocab], a row for each chunk that samples,
+    in order.
     """
 
     def __init__(self, step: Step, scheduler: Scheduler, admission: Admission) -> None:
@@ -67,7 +68,7 @@ class EngineCore:
         start = time.perf_counter()
         self._steps += 1
         try:
-            logits = self._step(chunks)
+            logits = self._step(chunks, self.scheduler.moves)
         except Exception as error:
             log.exception("a step of %d requests failed", len(chunks))
             return self._recover(chunks, error)
@@ -96,6 +97,7 @@ class EngineCore:
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             blocks_used=scheduler.blocks_used,
+            blocks_cached=scheduler.cache.cached,
             steps=self._steps,
             preemptions=scheduler.preemptions,
             leaks=self._leaks,
@@ -109,7 +111,7 @@ class EngineCore:
         except Exception as error:
             log.exception("a token could not be sampled")
             message = f"sampling failed: {type(error).__name__}: {error}"
-        self._end(generation)
+        self._end(generation, faulty=True)
         return [_failed(generation.request, message)]
 
     def _next_token(self, generation: Generation, logits: npt.NDArray[np.float32]) -> list[FromWorker]:
@@ -149,12 +151,12 @@ class EngineCore:
         if self._failures >= _FAILURES_IN_A_ROW:
             raise error
         request = chunks[0].request
-        self._end(self._generations[request.request_id])
+        self._end(self._generations[request.request_id], faulty=True)
         return [_failed(request, f"the model failed on this request: {type(error).__name__}: {error}")]
 
-    def _end(self, generation: Generation) -> None:
+    def _end(self, generation: Generation, *, faulty: bool = False) -> None:
         request = generation.request
-        self.scheduler.finish(request)
+        self.scheduler.finish(request, faulty=faulty)
         del self._generations[request.request_id]
         self.admission.end(generation)
 

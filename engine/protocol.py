@@ -53,7 +53,8 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     """What the output must match: a grammar in llguidance's Lark syntax, which begins at `start`.
 
     The worker adds the rules `schema_N` for each schema and `pattern_N` for each regular expression; and for
-    each marker, which may be one token of the model, `marker_N` and `until_N`: any text, then the marker.
+    each marker, which may be one token of the model, `marker_N`, `until_N`: any text, then the marker, and
+    `without_N`: any text without it.
     """
 
     lark: str
@@ -142,6 +143,7 @@ class Stats(Message, frozen=True):
     running: int = 0
     waiting: int = 0
     blocks_used: int = 0  # KV blocks that requests hold
+    blocks_cached: int = 0  # those that hold a prefix for later prompts, and no request uses
     steps: int = 0
     preemptions: int = 0
     leaks: int = 0  # times that something was held when nothing ran: a defect, described in the log

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+
+from mixbit.engine.prefix_cache import Checkpoint, Node
+
+_STOP_SPACING = 128  # tokens
+_TAIL = 32  # tokens
 
 
 @dataclass(eq=False, slots=True)
@@ -11,17 +17,21 @@ class Request:
     """One sequence from arrival to end.
 
     Set by whoever makes it: request_id, prompt_tokens (count), tokens (the prompt), max_length (tokens of
-    prompt and output at most). Appended to by the engine: tokens. All else is the scheduler's.
+    prompt and output at most), stops (ascending; see prompt_stops). Appended to by the engine: tokens. All else
+    is the scheduler's.
     """
 
     request_id: str
     tokens: list[int]
     prompt_tokens: int
     max_length: int
+    stops: tuple[int, ...] = ()  # lengths at which the recurrent state is worth keeping
     arrival: int = -1  # place in the order of arrival
     computed: int = 0  # leading tokens whose KV and recurrent state are in the cache
     cached_tokens: int = 0  # prompt tokens that were found in the cache and never computed
     blocks: array[int] = field(default_factory=lambda: array("i"))  # int32: the runner copies them as they are
+    node: Node | None = None  # the deepest of the cached prefix, to which the first blocks belong
+    checkpoints: dict[int, Checkpoint] = field(default_factory=dict)  # within the block that is being filled
     slot: int = -1  # of the recurrent state; -1 while not running
     isolate_until: int = 0  # runs alone while fewer tokens than this are computed
     ended: bool = False
@@ -49,3 +59,40 @@ class Chunk:
     def samples(self) -> bool:
         """Whether the next token is sampled after this chunk."""
         return self.start + self.count == len(self.request.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyBlock:
+    """Make block `target` equal to block `source`."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopyState:
+    """Make the recurrent state in slot `target` equal to that in slot `source`."""
+
+    source: int
+    target: int
+
+
+Move = CopyBlock | CopyState
+
+
+def prompt_stops(tokens: Sequence[int], end_tokens: Collection[int]) -> tuple[int, ...]:
+    """Where later prompts are likely to part from this one: after the tokens that end messages, not too
+    close to each other but always the first and the last; and before the last token, unless that is near.
+
+    The same prompt again computes one token at least, hence before. Chat templates end every message with a
+    token that also ends the model's own, so that no more need be known of the template.
+    """
+    ends = [place + 1 for place, token in enumerate(tokens[:-1]) if token in end_tokens]
+    stops = ends[:1]
+    for place, end in enumerate(ends[1:], 2):
+        if end - stops[-1] >= _STOP_SPACING or place == len(ends):
+            stops.append(end)
+    last = len(tokens) - 1
+    if last > 0 and last - (stops[-1] if stops else 0) >= _TAIL:
+        stops.append(last)
+    return tuple(stops)

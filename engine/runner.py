@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mixbit.engine.request import Chunk, Request
+from mixbit.engine.request import Chunk, CopyBlock, CopyState, Move, Request
 from mixbit.kernels.executor import Batch, CacheConfig, Executor
 
 
@@ -17,9 +17,20 @@ class Runner:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
 
-    def run(self, chunks: Sequence[Chunk]) -> npt.NDArray[np.float32]:
-        """Logits [rows, vocab], one row for each chunk that samples, in their order."""
+    def run(self, chunks: Sequence[Chunk], moves: list[Move]) -> npt.NDArray[np.float32]:
+        """Logits [rows, vocab], one row for each chunk that samples, in their order. `moves` are made before."""
+        self.make(moves)
         return self.executor.run(batch_of(chunks))
+
+    def make(self, moves: list[Move]) -> None:
+        """Make the moves in order, and remove each once it is made."""
+        while moves:
+            match moves[0]:
+                case CopyBlock(source, target):
+                    self.executor.copy_block(source, target)
+                case CopyState(source, target):
+                    self.executor.copy_state(source, target)
+            del moves[0]
 
 
 def batch_of(chunks: Sequence[Chunk]) -> Batch:

@@ -5,9 +5,11 @@ left of the step's budget goes to prefills: each takes at most half of what is l
 so that a long prompt does not hold up a short one behind it, and what remains goes to the oldest, which
 therefore always has the largest share.
 
-A request holds the blocks of its whole prompt from admission, and one more whenever its output fills
-the last. When none is free, the youngest running request gives up all it holds and waits at the head of
-the queue, to be computed again later: its text goes on as if nothing had happened.
+A request begins with what the prefix cache has of its prompt. It holds the blocks of its whole prompt from
+admission, and one more whenever its output fills the last; each block it has filled passes to the prefix
+cache, where others find it. When neither free nor cached blocks are left, the youngest running request gives
+up all it holds, to the cache as far as computed, and waits at the head of the queue, to go on later as if
+nothing had happened.
 """
 
 from __future__ import annotations
@@ -16,25 +18,35 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 
-from mixbit.engine.blocks import BlockPool
-from mixbit.engine.request import Chunk, Request
+from mixbit.engine.prefix_cache import Match, PrefixCache
+from mixbit.engine.request import Chunk, CopyBlock, CopyState, Move, Request
 
 
 class Scheduler:
-    """Owns the queue, the running batch, and all blocks and slots.
+    """Owns the queue, the running batch, and the prefix cache with all blocks and slots.
 
-    The engine's step: `plan`, run it, then for each chunk `advance`, and `append` or `finish`. If the step
-    raised, `isolate` instead. Every waiting request has arrived after every running one, always.
+    The engine's step: `plan`, make the `moves` and run it, then for each chunk `advance`, and `append` or
+    `finish`. If the step raised, `isolate` instead. Every waiting request has arrived after every running one,
+    always. moves: to be made in order and removed once made, before anything else touches blocks or slots.
+    spare_states: slots beyond those of running requests, for checkpoints; None for models without such state.
     """
 
-    def __init__(self, *, blocks: int, block_size: int, max_running: int, step_tokens: int) -> None:
+    def __init__(
+        self, *, blocks: int, block_size: int, max_running: int, step_tokens: int, spare_states: int | None = None
+    ) -> None:
         if step_tokens < max_running:
             raise ValueError(f"step_tokens {step_tokens} is below max_running {max_running}")
         self.block_size = block_size
         self.step_tokens = step_tokens
         self.max_running = max_running
-        self.blocks = BlockPool(blocks)
-        self.slots = BlockPool(max_running)
+        self.cache = PrefixCache(
+            blocks=blocks,
+            block_size=block_size,
+            slots=max_running + (spare_states or 0),
+            recurrent=spare_states is not None,
+        )
+        self.blocks, self.slots = self.cache.blocks, self.cache.slots
+        self.moves: list[Move] = []
         self.running: list[Request] = []  # oldest first
         self.waiting: deque[Request] = deque()  # oldest first
         self.preemptions = 0
@@ -43,12 +55,17 @@ class Scheduler:
     @property
     def capacity(self) -> int:
         """Tokens that one request alone can keep in the cache."""
-        return self.blocks.size * self.block_size
+        return self.cache.blocks.size * self.block_size
 
     @property
     def blocks_used(self) -> int:
         """Blocks that running requests hold."""
-        return self.blocks.size - self.blocks.free
+        return self.cache.blocks.size - self.cache.available
+
+    @property
+    def blocks_cached(self) -> int:
+        """Blocks that hold a prefix and that no running request holds."""
+        return self.cache.cached
 
     @property
     def idle(self) -> bool:
@@ -63,17 +80,24 @@ class Scheduler:
                 f"capacity {self.capacity}"
             )
         request.arrival = self._arrivals
+        request.cached_tokens = request.prompt_tokens  # at most: admission tells
         self._arrivals += 1
         self.waiting.append(request)
 
-    def finish(self, request: Request) -> None:
-        """Forget a request, whether it ran, waited or had already ended, and free what it holds."""
+    def finish(self, request: Request, *, faulty: bool = False) -> None:
+        """Forget a request, whether it ran, waited or had already ended; what it computed stays cached.
+
+        Unless `faulty`: then nothing is kept of its whole prefix, but what others use too.
+        """
         if request.ended:
             return
         request.ended = True
         if request.slot >= 0:
             self.running.remove(request)
-            self._release(request)
+            node = request.node
+            self._release(request, keep=not faulty)
+            if faulty and node is not None:
+                self.cache.forget(node)
         else:
             self.waiting.remove(request)
 
@@ -86,7 +110,7 @@ class Scheduler:
         self._admit()
         for request in self.running:
             if request.computed < request.isolate_until:
-                return [self._chunk(request, min(request.pending, self.step_tokens))]
+                return [self._chunk(request, min(self._reach(request), self.step_tokens))]
         decodes = sum(request.pending == 1 for request in self.running)
         budget = self.step_tokens - decodes
         if decodes and prefill_limit is not None:
@@ -94,18 +118,23 @@ class Scheduler:
         prefills = [request for request in self.running if request.pending > 1]
         shares: dict[int, int] = {}
         for request in prefills:
-            shares[request.arrival] = min(request.pending, (budget + 1) // 2)
+            shares[request.arrival] = min(self._reach(request), (budget + 1) // 2)
             budget -= shares[request.arrival]
         for request in prefills:
-            more = min(request.pending - shares[request.arrival], budget)
+            more = min(self._reach(request) - shares[request.arrival], budget)
             shares[request.arrival] += more
             budget -= more
         counts = ((request, shares.get(request.arrival, 1)) for request in self.running)
         return [self._chunk(request, count) for request, count in counts if count]
 
     def advance(self, chunk: Chunk) -> None:
-        """Note that a chunk has been computed."""
-        chunk.request.computed = chunk.start + chunk.count
+        """Note that a chunk has been computed: full blocks pass to the cache, with the states to be kept."""
+        request = chunk.request
+        request.computed = chunk.start + chunk.count
+        lasting = request.computed in request.stops
+        if self.cache.recurrent and (lasting or chunk.count > 1):
+            self._keep_state(request, lasting=lasting)
+        self._share(request)
 
     def append(self, request: Request, token: int) -> bool:
         """Add a sampled token; true if the request has now reached its length."""
@@ -113,27 +142,31 @@ class Scheduler:
         return len(request.tokens) >= request.max_length
 
     def isolate(self, chunks: list[Chunk]) -> None:
-        """After a step that raised: compute its requests again from the start, each in steps of its own.
+        """After a step that raised: its requests begin again from what is cached, each in steps of its own.
 
-        Nothing is assumed of the state the failed step left behind. Once past the failed chunk a request
-        joins the batch again. The others that run, which had no share of the step, wait with them.
+        Nothing is assumed of what the failed step wrote to, blocks or states. Once past the failed chunk a
+        request joins the batch again. The others that run, which had no share of the step, wait with them.
         """
         for chunk in chunks:
             request = chunk.request
             request.isolate_until = max(request.isolate_until, chunk.start + chunk.count)
         while self.running:
-            self._preempt_youngest()
+            self._preempt_youngest(keep=False)
 
     def check_idle(self) -> None:
-        """Raise RuntimeError if anything is held though nothing runs: a leak."""
-        if not self.idle or self.blocks.held() or self.slots.held():
-            raise RuntimeError(
-                f"not idle: {len(self.running)} running, {len(self.waiting)} waiting, "
-                f"blocks {sorted(self.blocks.held())}, slots {sorted(self.slots.held())} held"
-            )
+        """Raise RuntimeError if anything is held that neither runs nor is cached: a leak."""
+        if not self.idle:
+            raise RuntimeError(f"not idle: {len(self.running)} running, {len(self.waiting)} waiting")
+        self.cache.check()
 
     def _chunk(self, request: Request, count: int) -> Chunk:
         return Chunk(request, request.computed, count)
+
+    def _reach(self, request: Request) -> int:
+        """Tokens that one chunk may compute: the state is to be kept after a stop."""
+        if not self.cache.recurrent:
+            return request.pending
+        return next((stop for stop in request.stops if stop > request.computed), len(request.tokens)) - request.computed
 
     def _blocks_missing(self, request: Request) -> int:
         return -(-len(request.tokens) // self.block_size) - len(request.blocks)
@@ -142,36 +175,96 @@ class Scheduler:
         """Give each running request the blocks of its tokens, oldest first; the youngest pay if need be."""
         for request in list(self.running):
             while request.slot >= 0 and (missing := self._blocks_missing(request)) > 0:
-                if missing <= self.blocks.free:
-                    request.blocks.extend(self.blocks.take(missing))
+                if missing <= self.cache.available:
+                    request.blocks.extend(self.cache.take_blocks(missing))
                 else:
-                    self._preempt_youngest()
+                    self._preempt_youngest(keep=True)
 
     def _admit(self) -> None:
-        """Start waiting requests in order while a slot and the blocks of all their tokens are free.
+        """Start waiting requests in order while the blocks of all their tokens are free or cached.
 
         One block is left for each running request to grow into, so that the newcomer is not thrown out
         again at once.
         """
-        while self.waiting and self.slots.free:
+        while self.waiting and len(self.running) < self.max_running:
             request = self.waiting[0]
-            missing = self._blocks_missing(request)
-            if missing + len(self.running) > self.blocks.free:
+            if not self._begin(request, self.cache.match(request.tokens, len(request.tokens) - 1)):
                 return
             self.waiting.popleft()
-            request.blocks.extend(self.blocks.take(missing))
-            (request.slot,) = self.slots.take(1)
             self.running.append(request)
 
-    def _preempt_youngest(self) -> None:
+    def _begin(self, request: Request, match: Match) -> bool:
+        """Give a request the prefix that was found for it, and blocks for the rest; false if there are too few."""
+        cache = self.cache
+        protected = match.source or match.node  # until it has been copied, the source must not be evicted
+        shared = cache.acquire(match.node)
+        cache.acquire(protected)
+        missing = self._blocks_missing(request) - len(shared)
+        enough = missing + len(self.running) <= cache.available
+        taken = cache.take_blocks(missing) if enough else []
+        cache.release(protected)
+        if not enough:
+            cache.release(match.node)
+            return False
+        request.node, request.computed = match.node, match.length
+        request.blocks.extend([*shared, *taken])
+        if match.source is not None:
+            self.moves.append(CopyBlock(match.source.block, taken[0]))
+        if match.checkpoint is not None:
+            cache.touch(match.checkpoint)
+        slot = cache.take_slot(lasting=True)
+        assert slot is not None, "there is a slot for each running request"
+        request.slot = slot
+        if match.checkpoint is not None and match.checkpoint.slot != slot:
+            self.moves.append(CopyState(match.checkpoint.slot, slot))
+        request.cached_tokens = min(request.cached_tokens, match.length)
+        return True
+
+    def _preempt_youngest(self, *, keep: bool) -> None:
         request = self.running.pop()
-        self._release(request)
+        self._release(request, keep=keep)
         request.computed = 0
         self.waiting.appendleft(request)
         self.preemptions += 1
 
-    def _release(self, request: Request) -> None:
-        self.blocks.give_back(request.blocks)
-        request.blocks = array("i")
-        self.slots.give_back((request.slot,))
-        request.slot = -1
+    def _share(self, request: Request) -> None:
+        """Pass the blocks that are full to the cache, with the checkpoints in them."""
+        node, size = request.node, self.block_size
+        assert node is not None
+        while (end := (node.depth + 1) * size) <= request.computed:
+            inside = {place: each for place, each in request.checkpoints.items() if place <= end}
+            place = node.depth
+            node = self.cache.extend(node, tuple(request.tokens[end - size : end]), request.blocks[place], inside)
+            request.blocks[place] = node.block
+        request.node = node
+
+    def _keep_state(self, request: Request, *, lasting: bool) -> None:
+        """Take a checkpoint of the state as it is, if there is room."""
+        if (slot := self.cache.take_slot(lasting=lasting)) is not None:
+            self.moves.append(CopyState(request.slot, slot))
+            self.cache.keep(slot, request.computed, request.checkpoints, lasting=lasting)
+
+    def _release(self, request: Request, *, keep: bool) -> None:
+        """Take from a request all it holds. With `keep`, what it computed since its last full block is cached."""
+        node, cache = request.node, self.cache
+        assert node is not None
+        start = node.depth * self.block_size
+        own = list(request.blocks[node.depth :])
+        slot: int | None = request.slot
+        if keep and cache.recurrent and request.computed:
+            known = request.checkpoints if request.computed > start else node.checkpoints
+            place = request.computed if request.computed > start else self.block_size
+            if place not in known:  # the slot becomes the checkpoint's
+                cache.keep(request.slot, request.computed, request.checkpoints, lasting=True)
+                slot = None
+        if keep and request.computed > start:
+            cache.leave(node, tuple(request.tokens[start : request.computed]), own.pop(0), request.checkpoints)
+        elif keep:
+            cache.adopt(node, request.checkpoints)
+        for checkpoint in list(request.checkpoints.values()):
+            cache.drop(checkpoint)
+        cache.blocks.give_back(own)
+        if slot is not None:
+            cache.slots.give_back([slot])
+        cache.release(node)
+        request.blocks, request.node, request.slot = array("i"), None, -1

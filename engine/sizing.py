@@ -12,6 +12,7 @@ from mixbit.kernels.executor import CacheConfig
 from mixbit.kernels.ops import Program
 
 USEFUL_LENGTH = 256  # tokens: a cache too small for one sequence of this length is refused
+_CHECKPOINTS = 8  # for each running sequence, at most
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -47,7 +48,9 @@ def available_memory(cgroup: Path = _CGROUP) -> int:
 
 
 def cache_config(program: Program, config: EngineConfig, context_length: int, weight_bytes: int) -> CacheConfig:
-    """Blocks for every running sequence at full length, or as many as the memory allows.
+    """Blocks for every running sequence at full length, or as many as the memory allows: both those in use
+    and those kept for later prompts. Models with recurrent layers get further state slots for checkpoints, in
+    at most half of what one useful sequence leaves.
 
     Without config.cache_bytes half of what the weights will leave free is used; weights larger than memory
     are read again and again from disk, and leave an eighth. Values count as float32, unless a narrower
@@ -55,19 +58,22 @@ def cache_config(program: Program, config: EngineConfig, context_length: int, we
     """
     available = available_memory()
     budget = config.cache_bytes or max(available - weight_bytes, available // 8) // 2
-    states = slot_bytes(program) * config.max_running
+    slot = slot_bytes(program)
+    states = slot * config.max_running
     each = block_bytes(program, config.block_size, 2 if config.dtype in {"float16", "bfloat16"} else 4)
     useful = min(context_length, USEFUL_LENGTH)
     wanted = config.max_running * _blocks(context_length, config.block_size)
-    blocks = min(wanted, max(0, budget - states) // each) if each else wanted
     least = _blocks(useful, config.block_size)
+    left = max(0, budget - states - least * each)
+    spare = min(_CHECKPOINTS * config.max_running, left // 2 // slot) if slot else 0
+    blocks = min(wanted, max(0, budget - states - slot * spare) // each) if each else wanted
     if blocks < least:
         raise CacheError(
             f"the cache may take {_megabytes(budget)}, but {config.max_running} recurrent states "
             f"({_megabytes(states)}) and one sequence of {useful} tokens ({_megabytes(least * each)}) need "
             f"{_megabytes(states + least * each)}; free memory, raise the cache size or lower max_running"
         )
-    return CacheConfig(blocks=blocks, block_size=config.block_size, state_slots=config.max_running)
+    return CacheConfig(blocks=blocks, block_size=config.block_size, state_slots=config.max_running + spare)
 
 
 def _blocks(tokens: int, block_size: int) -> int:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mixbit.engine.admission import Admission, Limits, RefusedError
 from mixbit.engine.core import EngineCore
 from mixbit.engine.protocol import Delta, Failed, Finished, FromWorker, Generate, Sampling
-from mixbit.engine.request import Chunk
+from mixbit.engine.request import Chunk, Move
 from mixbit.engine.scheduler import Scheduler
 from tests.engine.tokenizers_for_tests import EOS, byte_level
 
@@ -35,8 +35,9 @@ class ScriptedModel:
     spoiled: set[str] = field(default_factory=set)
     steps: int = 0
 
-    def step(self, chunks: Sequence[Chunk]) -> npt.NDArray[np.float32]:
+    def step(self, chunks: Sequence[Chunk], moves: list[Move]) -> npt.NDArray[np.float32]:
         self.steps += 1
+        moves.clear()
         self.fault(chunks)
         rows = []
         for chunk in chunks:
@@ -275,4 +276,8 @@ def test_text_does_not_depend_on_company_memory_or_faults(
     for each in messages:
         alone = run(engine(ScriptedModel(script)), each)
         assert text_of(said, each.request_id) == text_of(alone, each.request_id)
-        assert finish(said, each.request_id) == finish(alone, each.request_id)
+        together, by_itself = finish(said, each.request_id), finish(alone, each.request_id)
+        assert (together.reason, together.stop) == (by_itself.reason, by_itself.stop)
+        assert together.usage.completion_tokens == by_itself.usage.completion_tokens
+        assert by_itself.usage.cached_tokens == 0
+        assert together.usage.cached_tokens < together.usage.prompt_tokens

@@ -31,13 +31,14 @@ def test_the_sizes_are_what_an_executor_allocates(hybrid: Program) -> None:
 
 def test_never_more_than_the_sequences_can_use(hybrid: Program) -> None:
     config = EngineConfig(model="", max_running=3, block_size=16, cache_bytes=10**12)
-    assert cache_config(hybrid, config, 100, 0) == CacheConfig(blocks=3 * 7, block_size=16, state_slots=3)
+    assert cache_config(hybrid, config, 100, 0) == CacheConfig(blocks=3 * 7, block_size=16, state_slots=3 + 8 * 3)
 
 
 def test_never_more_than_the_memory_asked_for(hybrid: Program) -> None:
     config = EngineConfig(model="", max_running=3, block_size=16, cache_bytes=5_000_000)
     cache = cache_config(hybrid, config, 4096, 0)
-    used = cache.blocks * block_bytes(hybrid, 16, 4) + 3 * slot_bytes(hybrid)
+    used = cache.blocks * block_bytes(hybrid, 16, 4) + cache.state_slots * slot_bytes(hybrid)
+    assert 3 < cache.state_slots < 3 + 8 * 3
     assert 5_000_000 - block_bytes(hybrid, 16, 4) < used <= 5_000_000
 
 
@@ -50,9 +51,9 @@ def test_too_little_memory_is_refused_with_the_numbers(hybrid: Program) -> None:
 def test_weights_larger_than_memory_leave_an_eighth(hybrid: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixbit.engine.sizing.available_memory", lambda: 160_000_000)
     config = EngineConfig(model="", max_running=1, block_size=16)
-    each = block_bytes(hybrid, 16, 4)
-    assert cache_config(hybrid, config, 10**6, 10**12).blocks == (10_000_000 - slot_bytes(hybrid)) // each
-    assert cache_config(hybrid, config, 10**6, 60_000_000).blocks == (50_000_000 - slot_bytes(hybrid)) // each
+    each, states = block_bytes(hybrid, 16, 4), 9 * slot_bytes(hybrid)
+    assert cache_config(hybrid, config, 10**6, 10**12).blocks == (10_000_000 - states) // each
+    assert cache_config(hybrid, config, 10**6, 60_000_000).blocks == (50_000_000 - states) // each
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
