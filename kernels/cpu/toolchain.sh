@@ -6,6 +6,8 @@ set -eu
 venv=$(cd "$1" && pwd)
 python=$venv/bin/python
 
+cmake_args=
+
 say() { echo "$@" >&2; }
 
 headers_from_distribution() {
@@ -22,7 +24,13 @@ if ! command -v c++ >/dev/null; then
     say "no C++ compiler here: using clang from the ziglang package"
     "$python" -m pip install --quiet ziglang >&2
     zig=$("$python" -c 'import os, ziglang; print(os.path.dirname(ziglang.__file__))')/zig
-    echo "export CC='$zig cc' CXX='$zig c++'"
+    mkdir -p "$venv/zig" # CMake takes programs, not commands with arguments
+    for tool in cc c++ ar ranlib; do
+        printf '#!/bin/sh\nexec "%s" %s "$@"\n' "$zig" "$tool" >"$venv/zig/$tool"
+        chmod +x "$venv/zig/$tool"
+    done
+    echo "export CC='$venv/zig/cc' CXX='$venv/zig/c++'"
+    cmake_args="-DCMAKE_AR=$venv/zig/ar -DCMAKE_RANLIB=$venv/zig/ranlib"
 fi
 
 include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
@@ -33,5 +41,9 @@ if ! test -e "$include/Python.h"; then
         exit 1
     fi
     echo "export CXXFLAGS='-I$venv/headers/usr/include'"
-    echo "export SKBUILD_CMAKE_ARGS='-DPython_INCLUDE_DIR=$venv/headers$include'"
+    cmake_args="$cmake_args -DPython_INCLUDE_DIR=$venv/headers$include"
+fi
+
+if test -n "$cmake_args"; then
+    echo "export CMAKE_ARGS='$cmake_args'"
 fi
