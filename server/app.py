@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
 from mixbit.engine.client import Engine
 from mixbit.server import errors
 from mixbit.server.metrics import Metrics
 from mixbit.server.model import ServedModel
 from mixbit.server.observe import Observer
-from mixbit.server.routes import chat, completions, docs, embeddings, health, infill, llama, metrics, models
+from mixbit.server.routes import (
+    chat,
+    completions,
+    docs,
+    embeddings,
+    health,
+    infill,
+    llama,
+    messages,
+    metrics,
+    models,
+    responses,
+)
 from mixbit.server.schema.common import ErrorResponse
+from mixbit.server.schema.messages import AnthropicError
 from mixbit.server.security import Guard
 from mixbit.server.service import Service
 from mixbit.server.settings import Access
 from mixbit.server.version import VERSION
 
-_REFUSALS: dict[int | str, dict[str, object]] = {
-    status: {"model": ErrorResponse, "description": text}
-    for status, text in {
-        400: "A field is wrong, cannot be honoured, or the prompt exceeds the context",
-        401: "No API key, or a wrong one",
-        404: "No such model",
-        413: "The body is too large",
-        415: "Not JSON",
-        429: "The queue is full; see Retry-After",
-        503: "Loading, restarting, or out of memory; see Retry-After",
-    }.items()
+Responses = dict[int | str, dict[str, object]]
+
+_REFUSALS = {
+    400: "A field is wrong, cannot be honoured, or the prompt exceeds the context",
+    401: "No API key, or a wrong one",
+    404: "No such model",
+    413: "The body is too large",
+    415: "Not JSON",
+    429: "The queue is full; see Retry-After",
+    503: "Loading, restarting, or out of memory; see Retry-After",
 }
-_ANY_ERROR: dict[int | str, dict[str, object]] = {"default": {"model": ErrorResponse, "description": "Any other error"}}
+_ANY_ERROR: Responses = {"default": {"model": ErrorResponse, "description": "Any other error"}}
+
+
+def _refusals(form: type[BaseModel]) -> Responses:
+    """What the document says of answers that are no success."""
+    listed: Responses = {status: {"model": form, "description": text} for status, text in _REFUSALS.items()}
+    return {**listed, "default": {"model": form, "description": "Any other error"}}
 
 
 def create_app(engine: Engine, model: ServedModel, access: Access) -> FastAPI:
@@ -42,8 +61,9 @@ def create_app(engine: Engine, model: ServedModel, access: Access) -> FastAPI:
     )
     app.state.service = Service(engine, model)
     app.state.metrics = Metrics(engine)
-    for route in (chat, completions, embeddings, infill, llama):
-        app.include_router(route.router, responses={**_REFUSALS, **_ANY_ERROR})
+    for route in (chat, completions, responses, embeddings, infill, llama):
+        app.include_router(route.router, responses=_refusals(ErrorResponse))
+    app.include_router(messages.router, responses=_refusals(AnthropicError))
     for route in (models, health, metrics):
         app.include_router(route.router, responses=_ANY_ERROR)
     app.include_router(docs.router)
