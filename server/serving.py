@@ -18,7 +18,7 @@ from mixbit.engine.client import EngineClient, EngineFailed, EngineState
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.errors import UserError
 from mixbit.server.console import Steps, show_panel
-from mixbit.server.settings import HTTP, Access
+from mixbit.server.settings import Access
 
 if TYPE_CHECKING:
     from mixbit.engine.protocol import Ready
@@ -34,11 +34,13 @@ class PortError(UserError):
 class Serving:
     """What to serve, where, and to whom.
 
-    request_timeout: seconds, None for no limit. names: the served name and its aliases. local: a loopback address.
+    request_timeout: seconds, None for no limit. shutdown_seconds: what running requests get to finish. names: the
+    served name and its aliases. local: a loopback address.
     """
 
     engine: EngineConfig
     request_timeout: float | None
+    shutdown_seconds: float
     names: tuple[str, ...]
     chat_template: Path | None
     host: str
@@ -114,7 +116,7 @@ class _Process:
 
         serving = self._serving
         model = describe_model(Path(serving.engine.model), serving.names, serving.chat_template)
-        return make_server(create_app(self._engine, model, serving.access)), model
+        return make_server(create_app(self._engine, model, serving.access), serving.shutdown_seconds), model
 
     async def _serve(self) -> None:
         server, model = await asyncio.to_thread(self._build)  # the loop starts the worker meanwhile
@@ -129,7 +131,7 @@ class _Process:
         finally:
             # Running requests get some time; closing the engine then ends their streams with an error event.
             server.should_exit = True
-            await asyncio.wait({http}, timeout=HTTP.shutdown_seconds)
+            await asyncio.wait({http}, timeout=serving.shutdown_seconds)
             await self._engine.close()
             await http
             stop.cancel()

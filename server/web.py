@@ -70,7 +70,9 @@ class Protocol(H11Protocol):
             self._deadline = None
 
 
-def make_server(app: ASGIApp, header_seconds: float = HTTP.header_seconds) -> Server:
+def make_server(
+    app: ASGIApp, shutdown_seconds: float = HTTP.shutdown_seconds, header_seconds: float = HTTP.header_seconds
+) -> Server:
     """A server for `app`, not yet started."""
     config = uvicorn.Config(
         app,
@@ -82,7 +84,7 @@ def make_server(app: ASGIApp, header_seconds: float = HTTP.header_seconds) -> Se
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=math.ceil(HTTP.shutdown_seconds) + 5,
+        timeout_graceful_shutdown=math.ceil(shutdown_seconds) + 5,
         h11_max_incomplete_event_size=2 * HTTP.max_header_bytes,
     )
     return Server(config)

@@ -60,6 +60,12 @@ def add_parser(commands: Any) -> None:
     engine.add_argument(
         "--request-timeout", metavar="SECONDS", type=_seconds, help="for one request, waiting included (default: none)"
     )
+    engine.add_argument(
+        "--shutdown-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        help="what running requests get to finish after Ctrl-C or SIGTERM (default: 3); a second signal ends at once",
+    )
     engine.add_argument("--k", metavar="K", type=int, help="active experts per token (default: the model's own)")
     engine.add_argument("--dtype", metavar="NAME", help="activations of GPU backends (default: the checkpoint's)")
     engine.add_argument("--isa", metavar="NAME", help="force a CPU instruction set (default: the best)")
@@ -152,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
     from mixbit.engine.download import resolve_model
     from mixbit.server import serving
     from mixbit.server.console import Steps
+    from mixbit.server.settings import HTTP
 
     start_logging(args.log_level or ("info" if args.log_format == "json" else "warning"), args.log_format)
     if args.port:
@@ -175,6 +182,7 @@ def run(args: argparse.Namespace) -> int:
             serving.Serving(
                 engine=config,
                 request_timeout=args.request_timeout,
+                shutdown_seconds=args.shutdown_timeout or HTTP.shutdown_seconds,
                 names=served_names(args, directory),
                 chat_template=args.chat_template,
                 host=args.host,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import httpx
 import psutil
 
 START_SECONDS = 60
+MIXBIT = ("-m", "mixbit.server.cli.main")
 _psutil: Any = psutil  # it has no types
 
 
@@ -42,7 +43,7 @@ class RunningServer:
         return next(
             child
             for child in _psutil.Process(self.process.pid).children(recursive=True)
-            if "mixbit.engine.worker" in " ".join(child.cmdline())
+            if {"mixbit.engine.worker", "worker"} & set(child.cmdline())
         )
 
     def numbers(self) -> dict[str, float]:
@@ -69,7 +70,7 @@ class RunningServer:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "mixbit.server.cli.main", *arguments]
+    return [sys.executable, *MIXBIT, *arguments]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -79,13 +80,18 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @contextmanager
-def start(*arguments: str, wait: bool = True, **environment: str) -> Iterator[RunningServer]:
-    """A server with `arguments` on a free port, ended with the context. `wait`: until it prints its address."""
+def start(
+    *arguments: str, wait: bool = True, program: Sequence[str] = MIXBIT, **environment: str
+) -> Iterator[RunningServer]:
+    """A server with `arguments` on a free port, ended with the context.
+
+    wait: until it prints its address. program: what Python runs as `mixbit`.
+    """
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "output"
         with output.open("wb") as file:
             process = subprocess.Popen(
-                command("serve", "--port", "0", *arguments),
+                [sys.executable, *program, "serve", "--port", "0", *arguments],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
