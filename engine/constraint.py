@@ -126,11 +126,14 @@ class GrammarCompiler:
                 lines += [
                     f"marker_{place}: {json.dumps(marker)}",
                     f"until_{place}[lazy]: /(?s:.*){_escaped(marker)}/",
+                    f"without_{place}: WITHOUT_{place}",
+                    f"WITHOUT_{place}: /(?s:.*)/ & ~/(?s:.*){_escaped(marker)}(?s:.*)/",
                 ]
             else:  # text never matches such a token, so all text before it may be anything
                 lines += [
                     f"marker_{place}: <[{token}]>",
                     f"until_{place}: UNTIL_{place} <[{token}]>",
+                    f"without_{place}: UNTIL_{place}",
                     f"UNTIL_{place}: /(?s:.*)/",
                 ]
         return lines

@@ -45,10 +45,10 @@ class Format(Protocol):
     def first(self, index: int) -> Json | None:
         """What a streamed choice begins with."""
 
-    def piece(self, index: int, delta: Delta) -> Json:
-        """A part of a streamed choice."""
+    def piece(self, index: int, delta: Delta) -> list[Json]:
+        """Parts of a streamed choice; none while it cannot be known yet what the text is."""
 
-    def last(self, index: int, reason: FinishReason) -> Json:
+    def last(self, index: int, reason: FinishReason) -> list[Json]:
         """What a streamed choice ends with."""
 
 
@@ -121,9 +121,11 @@ class Answer:
                 async for index, item in events:
                     if isinstance(item, Finished):
                         finished[index] = item
-                        yield chunk(self.format.last(index, item.reason))
-                    elif item.text or item.logprobs:
-                        yield chunk(self.format.piece(index, item))
+                        parts = self.format.last(index, item.reason)
+                    else:
+                        parts = self.format.piece(index, item) if item.text or item.logprobs else []
+                    for part in parts:
+                        yield chunk(part)
         except RequestError as error:
             yield error_events(api_error(error, self.format.prompt_param))
             return

@@ -18,6 +18,7 @@ from mixbit.server.schema.chat import (
     CreateChatCompletionRequest,
 )
 from mixbit.server.templates import ChatTemplate, RenderError
+from mixbit.server.tool_prompt import as_text, with_tools
 
 
 async def render_prompt(body: CreateChatCompletionRequest, model: ServedModel) -> str:
@@ -40,6 +41,10 @@ async def render_prompt(body: CreateChatCompletionRequest, model: ServedModel) -
             raise invalid(f"'{last}' calls tools: messages with role 'tool' must follow it.", last)
         messages[-1]["content"] += mark
     tools = None if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    if not template.knows("tool_calls"):
+        messages = [as_text(message) for message in messages]
+    if tools and not template.knows("tools"):
+        messages = with_tools(messages, tools)
     variables = {
         **_extra_variables(body, template),
         "messages": messages,

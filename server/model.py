@@ -15,6 +15,10 @@ from typing import Any
 import msgspec
 
 from mixbit.engine.errors import UserError
+from mixbit.server.parsing.formats import FORMATS, reasoning_markers, tool_format
+from mixbit.server.parsing.hermes import HERMES
+from mixbit.server.parsing.machine import ReasoningMarkers
+from mixbit.server.parsing.tools import ToolFormat
 from mixbit.server.presets import FillInMiddle, SamplingDefaults, find_preset
 from mixbit.server.templates import ChatTemplate, ChatTemplateError
 
@@ -30,6 +34,7 @@ class ServedModel:
     """One model under its names, the first of which is shown in answers.
 
     template: None if there is none, `template_problem` then says why. fim: None if the model cannot fill in.
+    tools: how it writes calls. reasoning: None if it does not think.
     """
 
     names: tuple[str, ...]
@@ -39,6 +44,8 @@ class ServedModel:
     template_problem: str
     fim: FillInMiddle | None
     quantization: str
+    tools: ToolFormat = HERMES
+    reasoning: ReasoningMarkers | None = None
 
     @property
     def name(self) -> str:
@@ -58,6 +65,10 @@ def describe_model(directory: Path, names: Sequence[str], chat_template: Path | 
         if chat_template is not None:
             raise
         problem = str(error)
+    if preset.tools is not None and preset.tools not in FORMATS:
+        raise ModelFileError(f"presets.toml: {preset.name}: tools = {preset.tools!r}; known: {', '.join(FORMATS)}")
+    thinking = ReasoningMarkers(preset.reasoning.open, preset.reasoning.close) if preset.reasoning else None
+    knows = template.knows if template else (lambda word: False)
     return ServedModel(
         names=tuple(names),
         created=int(time.time()),
@@ -66,6 +77,8 @@ def describe_model(directory: Path, names: Sequence[str], chat_template: Path | 
         template_problem=problem,
         fim=preset.fim if preset.fim and _has_tokens(directory, preset.fim) else None,
         quantization=_quantization_summary(config),
+        tools=tool_format(knows, preset.tools),
+        reasoning=reasoning_markers(knows, thinking),
     )
 
 

@@ -42,6 +42,13 @@ class FillInMiddle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return f"{files}{self.file if files else ''}{self.prefix}{before}{self.suffix}{after}{self.middle}"
 
 
+class Reasoning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What surrounds a model's thinking."""
+
+    open: str
+    close: str
+
+
 class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One entry. `model_types` and `names` (globs, lower case) must both match; an empty one always does."""
 
@@ -50,6 +57,8 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     names: list[str] = []
     sampling: SamplingDefaults = SamplingDefaults()
     fim: FillInMiddle | None = None
+    tools: str | None = None  # a name in mixbit.server.parsing.formats; None: as the template shows
+    reasoning: Reasoning | None = None  # None: as the template shows
 
     def matches(self, model_type: str, names: Sequence[str]) -> bool:
         """Whether this preset is for a model of that type with one of those names."""

@@ -37,6 +37,16 @@ class RequestLimits:
 
 
 @dataclass(frozen=True)
+class GrammarLimits:
+    """Bounds on what an output may be constrained by."""
+
+    max_schema_depth: int
+    max_schema_nodes: int
+    max_chars: int
+    max_calls: int
+
+
+@dataclass(frozen=True)
 class TemplateLimits:
     """Bounds on rendering one chat template."""
 
@@ -52,6 +62,7 @@ def read_toml(name: str) -> dict[str, Any]:
 _tables = read_toml("limits.toml")
 HTTP = HttpLimits(**_tables["http"])
 REQUEST = RequestLimits(**_tables["request"])
+GRAMMAR = GrammarLimits(**_tables["grammar"])
 TEMPLATE = TemplateLimits(**_tables["template"])
 
 

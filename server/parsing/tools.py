@@ -96,8 +96,9 @@ class Rules:
         return f"schema_{len(self.schemas) - 1}"
 
     def arguments(self, tool: Tool) -> str:
-        """JSON of a tool's arguments."""
-        schema = {**tool.parameters, "type": "object"}
+        """JSON of a tool's arguments: none but its own, unless it says otherwise."""
+        closed = {"additionalProperties": False} if "properties" in tool.parameters else {}
+        schema = {**closed, **tool.parameters, "type": "object"}
         return self.schema(schema, f"{tool.param}.parameters", lenient=not tool.strict)
 
     def pattern(self, regex: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -13,9 +13,19 @@ from mixbit.engine.client import RequestRefused
 from mixbit.engine.protocol import Delta, FinishReason, Generate, TokenLogprobs
 from mixbit.server.answer import Answer, Json
 from mixbit.server.conversation import render_prompt
-from mixbit.server.errors import ApiError, invalid
+from mixbit.server.errors import invalid
 from mixbit.server.generation import Batch, api_error, choice_seed, require_ready, resolve_sampling, stop_strings
 from mixbit.server.logprobs import chat_logprobs
+from mixbit.server.output import finish_reason, output_grammar, output_parser, output_syntax
+from mixbit.server.parsing.events import (
+    ArgumentsDelta,
+    Event,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallEnd,
+    ToolCallStart,
+)
+from mixbit.server.parsing.machine import OutputParser
 from mixbit.server.schema.chat import (
     CreateChatCompletionRequest,
     CreateChatCompletionResponse,
@@ -28,39 +38,100 @@ router = APIRouter(tags=["completions"])
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """Chat choices: messages and deltas."""
+    """Chat choices: messages and deltas. parsers: one for each choice."""
 
+    parsers: Sequence[OutputParser]
     with_logprobs: bool
     object: str = "chat.completion"
     chunk_object: str = "chat.completion.chunk"
     prompt_param: str = "messages"
+    # Log-probabilities of text that is held back, by choice.
+    _held: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
     def whole(self, index: int, text: str, logprobs: Sequence[TokenLogprobs], reason: FinishReason) -> Json:
         """A complete choice."""
+        parser = self.parsers[index]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": message([*parser.feed(text), *parser.finish()]),
             "logprobs": self._logprobs(logprobs),
-            "finish_reason": reason,
+            "finish_reason": finish_reason(parser, reason),
         }
 
     def first(self, index: int) -> Json:
         """The role, which is not repeated."""
         return _chunk(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, delta: Delta) -> Json:
-        """More text."""
-        return _chunk(index, {"content": delta.text}, self._logprobs(delta.logprobs))
+    def piece(self, index: int, delta: Delta) -> list[Json]:
+        """What more text makes known."""
+        return self._chunks(index, self.parsers[index].feed(delta.text), delta.logprobs)
 
-    def last(self, index: int, reason: FinishReason) -> Json:
-        """Why it ended."""
-        return _chunk(index, {}, reason=reason)
+    def last(self, index: int, reason: FinishReason) -> list[Json]:
+        """What was held back, and why it ended."""
+        parser = self.parsers[index]
+        chunks = self._chunks(index, parser.finish(), ())
+        held = self._held.pop(index, None)
+        logprobs = self._logprobs(held) if held else None
+        return [*chunks, _chunk(index, {}, logprobs, finish_reason(parser, reason))]
+
+    def _chunks(self, index: int, events: Sequence[Event], logprobs: Sequence[TokenLogprobs]) -> list[Json]:
+        held = [*self._held.pop(index, ()), *logprobs]
+        chunks = [_chunk(index, shown) for event in events if (shown := delta_of(event)) is not None]
+        if chunks:
+            chunks[0]["logprobs"] = self._logprobs(held)
+        elif held:
+            self._held[index] = held
+        return chunks
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Json | None:
         return chat_logprobs(tokens) if self.with_logprobs else None
 
 
-def _chunk(index: int, delta: Json, logprobs: Json | None = None, reason: FinishReason | None = None) -> Json:
+def message(events: Sequence[Event]) -> Json:
+    """A whole message. A call that is not complete is left out: its source is part of the text."""
+    texts: list[str] = []
+    reasoning: list[str] = []
+    calls: dict[int, Json] = {}
+    complete: set[int] = set()
+    for event in events:
+        match event:
+            case TextDelta(text):
+                texts.append(text)
+            case ReasoningDelta(text):
+                reasoning.append(text)
+            case ToolCallStart(index, identifier, name):
+                function = {"name": name, "arguments": ""}
+                calls[index] = {"id": identifier, "type": "function", "function": function}
+            case ArgumentsDelta(index, text):
+                calls[index]["function"]["arguments"] += text
+            case ToolCallEnd(index, True):
+                complete.add(index)
+    shown = [calls[index] for index in sorted(complete)]
+    result: Json = {"role": "assistant", "content": "".join(texts) or (None if shown else ""), "refusal": None}
+    if reasoning:
+        result["reasoning_content"] = "".join(reasoning)
+    if shown:
+        result["tool_calls"] = shown
+    return result
+
+
+def delta_of(event: Event) -> Json | None:
+    """The delta that tells of an event; None if none does."""
+    match event:
+        case TextDelta(text):
+            return {"content": text}
+        case ReasoningDelta(text):
+            return {"reasoning_content": text}
+        case ToolCallStart(index, identifier, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": identifier, "type": "function", "function": function}]}
+        case ArgumentsDelta(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+        case ToolCallEnd():
+            return None
+
+
+def _chunk(index: int, delta: Json, logprobs: Json | None = None, reason: str | None = None) -> Json:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
@@ -85,7 +156,9 @@ async def create_chat_completion(
         )
         for choice in range(body.n or 1)
     ]
-    form = ChatFormat(with_logprobs=bool(body.logprobs))
+    prompt = str(generate.prompt)
+    parsers = [output_parser(body, service.model, prompt) for _ in requests]
+    form = ChatFormat(parsers, with_logprobs=bool(body.logprobs))
     try:
         batch = await Batch.start(service.engine, requests, per_prompt=len(requests))
     except RequestRefused as error:
@@ -99,32 +172,22 @@ def refuse_unsupported(body: CreateChatCompletionRequest) -> None:
         raise invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
     if body.stream_options is not None and not body.stream:
         raise invalid("'stream_options' needs 'stream': true.", "stream_options")
-    if body.response_format is not None and body.response_format.type != "text":
-        raise _unsupported("response_format", f"the type {body.response_format.type!r}", "use 'text'")
-    if body.tool_choice not in (None, "none", "auto"):
-        kind = "'required'" if body.tool_choice == "required" else "a named function"
-        raise _unsupported("tool_choice", kind, "use 'auto' or 'none'")
-    for index, tool in enumerate(body.tools or ()):
-        if tool.function.strict:
-            raise _unsupported(f"tools[{index}].function.strict", "strict arguments", "leave it out")
-    if body.tools and body.parallel_tool_calls is False:
-        raise _unsupported("parallel_tool_calls", "a limit of one call", "leave it out")
-
-
-def _unsupported(param: str, what: str, hint: str) -> ApiError:
-    return invalid(f"'{param}': {what} is not supported by this server; {hint}.", param, "unsupported_value")
 
 
 async def plan(body: CreateChatCompletionRequest, service: Service) -> Generate:
     """The message to the engine for one choice, its prompt rendered. Raises ApiError."""
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    prompt = await render_prompt(body, service.model)
+    syntax = output_syntax(body, service.model, prompt)
     return Generate(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
-        prompt=await render_prompt(body, service.model),
+        prompt=prompt,
         add_special_tokens=False,
         sampling=resolve_sampling(body, service.model.defaults),
         max_tokens=body.max_completion_tokens or body.max_tokens,
         stop=stop_strings(body),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
+        grammar=output_grammar(body, service.model, syntax),
+        shown_tokens=syntax.markers,
     )

@@ -16,6 +16,7 @@ from mixbit.server.errors import ApiError, invalid
 from mixbit.server.generation import Batch, api_error, choice_seed, require_ready, resolve_sampling, stop_strings
 from mixbit.server.logprobs import completion_logprobs
 from mixbit.server.model import ServedModel
+from mixbit.server.output import explicit_grammar
 from mixbit.server.schema.completions import CreateCompletionRequest, CreateCompletionResponse
 from mixbit.server.service import CurrentService
 from mixbit.server.settings import REQUEST
@@ -47,15 +48,15 @@ class CompletionFormat:
         echo = self.echoes[index]
         return _choice(index, echo) if echo else None
 
-    def piece(self, index: int, delta: Delta) -> Json:
+    def piece(self, index: int, delta: Delta) -> list[Json]:
         """More text."""
         offset = self._offsets.get(index, len(self.echoes[index]))
         self._offsets[index] = offset + len(delta.text)
-        return _choice(index, delta.text, self._logprobs(delta.logprobs, offset))
+        return [_choice(index, delta.text, self._logprobs(delta.logprobs, offset))]
 
-    def last(self, index: int, reason: FinishReason) -> Json:
+    def last(self, index: int, reason: FinishReason) -> list[Json]:
         """Why it ended."""
-        return _choice(index, "", reason=reason)
+        return [_choice(index, "", reason=reason)]
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs], offset: int) -> Json | None:
         if self.top_logprobs is None:
@@ -103,6 +104,7 @@ def _plan(body: CreateCompletionRequest, prompts: Sequence[Prompt], model: Serve
             stop=stop_strings(body),
             ignore_eos=bool(body.ignore_eos),
             logprobs=body.logprobs,
+            grammar=explicit_grammar(body),
         )
         for index, prompt in enumerate(prompts)
         for choice in range(n)

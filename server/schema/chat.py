@@ -138,10 +138,37 @@ class ChatCompletionNamedToolChoice(RequestModel):
     function: NamedFunction
 
 
-class ResponseFormat(RequestModel):
-    """The form of the answer."""
+class ResponseFormatText(RequestModel):
+    """Any text."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text"]
+
+
+class ResponseFormatJsonObject(RequestModel):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JSONSchema(RequestModel):
+    """A schema with a name. Keywords that cannot be enforced are refused if strict, else left aside."""
+
+    name: Name
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormatJsonSchema(RequestModel):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JSONSchema
+
+
+ResponseFormat = Annotated[
+    ResponseFormatText | ResponseFormatJsonObject | ResponseFormatJsonSchema, Field(discriminator="type")
+]
 
 
 TemplateKwargs = Annotated[dict[str, Any], Field(max_length=REQUEST.max_template_kwargs)]
@@ -196,12 +223,29 @@ class ChoiceLogprobs(ResponseModel):
     refusal: None = None
 
 
+class FunctionCallOutput(ResponseModel):
+    """A function with its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ChatCompletionMessageToolCallOutput(ResponseModel):
+    """A call."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCallOutput
+
+
 class ChatCompletionResponseMessage(ResponseModel):
-    """The answer."""
+    """The answer. A call that broke off stands in `content` as the model wrote it."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: str | None
+    reasoning_content: str | None = Field(None, description="What the model thought before it answered.")
+    tool_calls: list[ChatCompletionMessageToolCallOutput] | None = None
 
 
 class ChatChoice(ResponseModel):
@@ -210,7 +254,7 @@ class ChatChoice(ResponseModel):
     index: int
     message: ChatCompletionResponseMessage
     logprobs: ChoiceLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class CreateChatCompletionResponse(ResponseModel):
@@ -225,11 +269,29 @@ class CreateChatCompletionResponse(ResponseModel):
     usage: CompletionUsage
 
 
+class FunctionCallChunk(ResponseModel):
+    """The name once, then pieces of the arguments."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ChatCompletionMessageToolCallChunk(ResponseModel):
+    """A piece of the call at `index`; id, type and name are in its first."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallChunk
+
+
 class ChatCompletionStreamResponseDelta(ResponseModel):
     """What is new in an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ChatCompletionMessageToolCallChunk] | None = None
 
 
 class ChatStreamChoice(ResponseModel):
@@ -238,7 +300,7 @@ class ChatStreamChoice(ResponseModel):
     index: int
     delta: ChatCompletionStreamResponseDelta
     logprobs: ChoiceLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class CreateChatCompletionStreamResponse(ResponseModel):

@@ -6,12 +6,12 @@ effect, or says in its description that it has none, or is refused.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
-from mixbit.server.settings import REQUEST
+from mixbit.server.settings import GRAMMAR, REQUEST
 
 MAX_TOKENS = 2**31 - 1
 
@@ -57,6 +57,16 @@ class StreamOptions(RequestModel):
     include_usage: bool | None = Field(None, description="End with a chunk that has no choices but the usage.")
 
 
+GrammarText = Annotated[str, StringConstraints(min_length=1, max_length=GRAMMAR.max_chars)]
+
+
+class GrammarFormat(RequestModel):
+    """A regular expression, or a grammar in Lark."""
+
+    syntax: Literal["regex", "lark"]
+    definition: GrammarText
+
+
 class SamplingFields(RequestModel):
     """Fields of both kinds of completion."""
 
@@ -77,12 +87,14 @@ class SamplingFields(RequestModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     ignore_eos: bool | None = Field(None, description="Go on to max_tokens; stop strings still end it.")
-    grammar: Annotated[Any, unsupported("leave it out")] = None
-    guided_json: Annotated[Any, unsupported("leave it out")] = None
-    guided_regex: Annotated[Any, unsupported("leave it out")] = None
-    guided_choice: Annotated[Any, unsupported("leave it out")] = None
-    guided_grammar: Annotated[Any, unsupported("leave it out")] = None
-    structured_outputs: Annotated[Any, unsupported("leave it out")] = None
+    grammar: GrammarFormat | GrammarText | None = Field(
+        None, description="What the whole answer must match. Text alone is Lark, in the dialect of llguidance."
+    )
+    guided_json: Annotated[Any, unsupported("use response_format")] = None
+    guided_regex: Annotated[Any, unsupported("use grammar")] = None
+    guided_choice: Annotated[Any, unsupported("use grammar")] = None
+    guided_grammar: Annotated[Any, unsupported("use grammar")] = None
+    structured_outputs: Annotated[Any, unsupported("use response_format or grammar")] = None
 
 
 class PromptTokensDetails(ResponseModel):
