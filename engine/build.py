@@ -12,6 +12,7 @@ from typing import Any, cast
 from mixbit.engine.admission import Admission, Limits
 from mixbit.engine.config import ConfigError, EngineConfig
 from mixbit.engine.core import EngineCore
+from mixbit.engine.disk_tier import open_tier
 from mixbit.engine.errors import UserError
 from mixbit.engine.loader import load
 from mixbit.engine.protocol import Ready
@@ -87,7 +88,9 @@ def build(config: EngineConfig, progress: Progress) -> BuiltEngine:
         block_bytes=(executor.cache_bytes - slot_bytes(model.program) * cache.state_slots) // cache.blocks,
         load_seconds=time.perf_counter() - start,
     )
-    return BuiltEngine(EngineCore(Runner(executor).run, scheduler, Admission(tokenizer, limits)), ready, executor)
+    runner = Runner(executor)
+    disk = open_tier(config, scheduler, runner, choice.backend.name)
+    return BuiltEngine(EngineCore(runner.run, scheduler, Admission(tokenizer, limits), disk), ready, executor)
 
 
 def _context_length(config: EngineConfig, longest: int) -> int:

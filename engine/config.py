@@ -22,7 +22,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_running: sequences in a batch. max_queue: requests waiting beyond that. step_tokens: rows of the
     largest batch, so also the prefill chunk. cache_bytes: bytes for KV and states, None for a share of
     the memory that is free after loading. block_size: tokens in a KV block. top_k_experts: overrides the
-    model's experts per token. isa, dtype, profile: as in kernels' ExecutorOptions. log_format: "text" or "json".
+    model's experts per token. disk_cache: directory for prefixes that survive the process, None for none.
+    disk_cache_bytes: what it may hold. isa, dtype, profile: as in kernels' ExecutorOptions. log_format: "text" or
+    "json".
     """
 
     model: str
@@ -34,6 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: int = 512
     cache_bytes: int | None = None
     block_size: int = 32
+    disk_cache: str | None = None
+    disk_cache_bytes: int = 8 << 30
     top_k_experts: int | None = None
     isa: str | None = None
     dtype: str | None = None
@@ -50,6 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("step_tokens", 1),
             ("cache_bytes", 1),
             ("block_size", 1),
+            ("disk_cache_bytes", 1),
             ("top_k_experts", 1),
         ):
             value = getattr(self, name)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mixbit.engine.admission import Admission, Generation
 from mixbit.engine.detokenizer import Piece
+from mixbit.engine.disk_tier import DiskTier
 from mixbit.engine.pace import Pace
 from mixbit.engine.protocol import Delta, Failed, Finished, FinishReason, FromWorker, Stats, Usage
 from mixbit.engine.request import Chunk, Move, Request
@@ -24,6 +25,7 @@ Step = Callable[[Sequence[Chunk], list[Move]], npt.NDArray[np.float32]]
 # A step of one request that raises is that request's fault. So many in a row, with no step between them
 # that worked, is the device's: the worker gives up, and a new one may do better.
 _FAILURES_IN_A_ROW = 3
+_DISK_SECONDS = 0.02  # until the thread that writes may have room again
 
 
 class EngineCore:
@@ -33,10 +35,11 @@ class EngineCore:
     in order.
     """
 
-    def __init__(self, step: Step, scheduler: Scheduler, admission: Admission) -> None:
+    def __init__(self, step: Step, scheduler: Scheduler, admission: Admission, disk: DiskTier | None = None) -> None:
         self.scheduler = scheduler
         self.admission = admission
         self._step = step
+        self._disk = disk
         self._pace = Pace(scheduler.step_tokens)
         self._generations: dict[str, Generation] = {}
         self._failures = 0
@@ -51,7 +54,20 @@ class EngineCore:
     def add(self, generation: Generation) -> None:
         """Queue an admitted request."""
         self._generations[generation.request.request_id] = generation
+        if self._disk is not None:
+            self._disk.restore(generation.request.tokens)
         self.scheduler.add(generation.request)
+
+    def tidy(self) -> float | None:
+        """Write behind while nothing runs; the seconds until there is more to do, None if there is not."""
+        if self._disk is None or not self._disk.pending:
+            return None
+        return 0.0 if self._disk.save() else _DISK_SECONDS
+
+    def close(self, seconds: float) -> None:
+        """Write what the disk cache still lacks, within so many seconds."""
+        if self._disk is not None:
+            self._disk.close(seconds)
 
     def abort(self, request_id: str) -> None:
         """Drop a request, wherever it is. Unknown ids are ignored."""
@@ -82,6 +98,8 @@ class EngineCore:
             self.scheduler.advance(chunk)
             if samples:
                 messages += self._sample(self._generations[chunk.request.request_id], next(rows))
+        if self._disk is not None:
+            self._disk.save()
         return messages
 
     def stats(self) -> Stats:
@@ -97,7 +115,7 @@ class EngineCore:
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             blocks_used=scheduler.blocks_used,
-            blocks_cached=scheduler.cache.cached,
+            blocks_cached=scheduler.blocks_cached,
             steps=self._steps,
             preemptions=scheduler.preemptions,
             leaks=self._leaks,

@@ -42,6 +42,11 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "mixbit"
 
 
+def prefix_directory() -> Path:
+    """Where prefixes of prompts are kept across restarts."""
+    return cache_directory() / "prefixes"
+
+
 def demo_path() -> Path:
     """Where the demo is, or would be."""
     return cache_directory() / "models" / NAME

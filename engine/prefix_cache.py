@@ -16,6 +16,7 @@ at chunk boundaries before those at the ends of messages, prompts and generation
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ class Checkpoint:
     home: dict[int, Checkpoint]
     place: int
     used: int
+    node: Node | None = None  # the one that holds it; none while it is a running request's
     saved: bool = False  # for the disk tier: it is there, or on its way
 
     @property
@@ -54,6 +56,7 @@ class Node:
     used: int = 0
     alive: bool = True
     saved: bool = False  # for the disk tier: it is there, or on its way
+    key: bytes = b""  # for the disk tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class PrefixCache:
         self.slots = BlockPool(slots)
         self.root = Node(None, (), -1, 0)
         self.evictions = 0  # of blocks
+        self.inserted: deque[Node | Checkpoint] | None = None  # where to tell of new nodes and lasting checkpoints
         self._nodes = 0
         self._unused = 0  # nodes without users: all can be freed, leaf by leaf
         self._clock = 0
@@ -190,6 +194,8 @@ class PrefixCache:
         child = Node(parent, tokens, block, parent.depth + 1)
         shorter = [each for each in parent.children.values() if each.tokens == tokens[: len(each.tokens)]]
         parent.children[tokens] = child
+        if self.inserted is not None:
+            self.inserted.append(child)
         self._nodes += 1
         self._unused += 1
         for each in shorter:  # leaves that were not full: the new one says all they did
@@ -278,7 +284,9 @@ class PrefixCache:
                 self.drop(checkpoint)
                 continue
             del checkpoint.home[checkpoint.place]
-            checkpoint.home, checkpoint.place = node.checkpoints, place
+            checkpoint.home, checkpoint.place, checkpoint.node = node.checkpoints, place, node
+            if self.inserted is not None and checkpoint.lasting:
+                self.inserted.append(checkpoint)
             node.checkpoints[place] = checkpoint
 
     # --- invariants ---

@@ -150,7 +150,7 @@ def serve(core: EngineCore, inbox: Inbox, connection: WorkerSocket) -> None:
     connection.send(reporter.due())
     while True:
         congested = connection.congested
-        timeout = None if core.idle else _CONGESTION_SECONDS if congested else 0.0
+        timeout = core.tidy() if core.idle else _CONGESTION_SECONDS if congested else 0.0
         for item in inbox.take(timeout):
             match item:
                 case Generation():
@@ -205,6 +205,7 @@ def main(arguments: list[str]) -> int:
     connection.send([built.ready])
     serve(built.core, inbox, connection)
     connection.flush(_FLUSH_SECONDS)
+    built.core.close(_FLUSH_SECONDS)
     return 0
 
 

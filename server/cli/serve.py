@@ -66,6 +66,13 @@ def add_parser(commands: Any) -> None:
         type=_seconds,
         help="what running requests get to finish after Ctrl-C or SIGTERM (default: 3); a second signal ends at once",
     )
+    engine.add_argument("--no-disk-cache", action="store_true", help="keep no prefixes of prompts on disk")
+    engine.add_argument(
+        "--disk-cache", metavar="DIR", type=Path, help="where to keep them (default: prefixes in the user's cache)"
+    )
+    engine.add_argument(
+        "--disk-cache-size", metavar="SIZE", type=_size, default=8 << 30, help="for prefixes on disk (default: 8G)"
+    )
     engine.add_argument("--k", metavar="K", type=int, help="active experts per token (default: the model's own)")
     engine.add_argument("--dtype", metavar="NAME", help="activations of GPU backends (default: the checkpoint's)")
     engine.add_argument("--isa", metavar="NAME", help="force a CPU instruction set (default: the best)")
@@ -155,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
             "MIXBIT_API_KEY, or say --allow-unauthenticated."
         )
     from mixbit.engine.config import EngineConfig
+    from mixbit.engine.demo import prefix_directory
     from mixbit.engine.download import resolve_model
     from mixbit.server import serving
     from mixbit.server.console import Steps
@@ -173,6 +181,8 @@ def run(args: argparse.Namespace) -> int:
             max_running=args.max_running,
             max_queue=args.max_queue,
             cache_bytes=args.cache_memory,
+            disk_cache=None if args.no_disk_cache else str(args.disk_cache or prefix_directory()),
+            disk_cache_bytes=args.disk_cache_size,
             top_k_experts=args.k,
             isa=args.isa,
             dtype=args.dtype,

@@ -57,7 +57,9 @@ class RunningServer:
 
         def idle() -> bool:
             found.update(self.numbers())
-            return bool(found["mixbit_ready"] and not found["mixbit_requests_running"] + found["mixbit_requests_waiting"])
+            return bool(
+                found["mixbit_ready"] and not found["mixbit_requests_running"] + found["mixbit_requests_waiting"]
+            )
 
         until(idle)
         assert found["mixbit_leaks_total"] == 0
@@ -91,7 +93,7 @@ def start(
         output = Path(directory) / "output"
         with output.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, *program, "serve", "--port", "0", *arguments],
+                [sys.executable, *program, "serve", "--port", "0", "--disk-cache", f"{directory}/prefixes", *arguments],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

@@ -1,0 +1,255 @@
+"""The prefix cache's second tier: blocks and states on disk, written behind, read when a prompt begins.
+
+An entry is named by a hash over the model's fingerprint and all tokens up to its end, so that a name that fits is
+a prefix that fits: `b-HASH` for a block, `s-POSITION-HASH` for a recurrent state. A state within a block has that
+part of the block as an entry of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from array import array
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from mixbit.engine.config import EngineConfig
+from mixbit.engine.disk_store import DiskStore
+from mixbit.engine.prefix_cache import Checkpoint, Node, PrefixCache
+from mixbit.engine.runner import Runner
+from mixbit.engine.scheduler import Scheduler
+
+log = logging.getLogger("mixbit.engine")
+
+_READERS = 4
+_READ_AHEAD = 32  # entries
+_EXPORTS = 4  # entries taken from the device between two steps
+
+
+class DiskTier:
+    """Fills the cache from the disk before a request begins, and the disk from the cache behind it.
+
+    For the device's thread.
+    """
+
+    def __init__(self, store: DiskStore, scheduler: Scheduler, runner: Runner, fingerprint: str) -> None:
+        self._store, self._scheduler, self._runner = store, scheduler, runner
+        self._cache: PrefixCache = scheduler.cache
+        self._new: deque[Node | Checkpoint] = deque()
+        self._cache.inserted = self._new
+        self._root = bytes.fromhex(fingerprint)
+        self._positions = {int(name.split("-")[1]) for name in store.names() if name.startswith("s-")}
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="disk cache reader")
+
+    # --- from the disk ---
+
+    def restore(self, tokens: Sequence[int]) -> None:
+        """Bring what the disk has of a prompt, beyond what memory has, into the cache."""
+        size, limit = self._cache.block_size, len(tokens) - 1
+        keys = self._chain(tokens)
+        length, names = self._known(tokens, keys, limit)
+        if length < self._cache.match(tokens, limit).length + size:
+            return
+        self._runner.make(self._scheduler.moves)  # before blocks and slots that they touch are used anew
+        state = None
+        if self._cache.recurrent:
+            name = names.pop()
+            if (state := self._store.read(name)) is None:
+                return
+        node = self._cache.root
+        while (node.depth + 1) * size <= length:
+            child = node.children.get(tuple(tokens[node.depth * size : (node.depth + 1) * size]))
+            if child is None:
+                break
+            node = child
+        self._cache.acquire(node)
+        try:
+            node = self._load(tokens, names[node.depth :], node, length)
+            if state is not None:
+                self._load_state(node, tokens, length, state)
+        finally:
+            self._cache.release(node)
+
+    def _known(self, tokens: Sequence[int], keys: list[bytes], limit: int) -> tuple[int, list[str]]:
+        """The longest usable prefix on disk: its length, and the names of its entries (the state's the last)."""
+        size, store = self._cache.block_size, self._store
+        whole = 0
+        while whole < len(keys) - 1 and _block(keys[whole + 1]) in store:
+            whole += 1
+        blocks = [_block(key) for key in keys[1 : whole + 1]]
+        if not self._cache.recurrent:
+            return whole * size, blocks
+        for position in sorted((p for p in self._positions if p <= min(limit, (whole + 1) * size)), reverse=True):
+            full = position // size
+            key = keys[full] if position % size == 0 else _key(keys[full], tokens[full * size : position])
+            part = [_block(key)] if position % size else []
+            if full <= whole and all(name in store for name in (_state(position, key), *part)):
+                return position, [*blocks[:full], *part, _state(position, key)]
+        return 0, []
+
+    def _load(self, tokens: Sequence[int], names: list[str], node: Node, length: int) -> Node:
+        """Read blocks and put them below an acquired node, until one is missing; the last full one, acquired."""
+        cache, size = self._cache, self._cache.block_size
+        for name, data in self._read(names):
+            piece = tuple(tokens[node.depth * size : min((node.depth + 1) * size, length)])
+            if data is None or cache.available <= len(self._scheduler.running):
+                break
+            (block,) = cache.take_blocks(1)
+            try:
+                self._runner.executor.import_block(block, np.frombuffer(data, np.uint8))
+            except ValueError:  # not of this program after all
+                cache.blocks.give_back([block])
+                self._store.delete(name)
+                break
+            if len(piece) == size:
+                node = cache.extend(node, piece, block, {})
+                node.saved = True
+            else:
+                cache.leave(node, piece, block, {})
+        return node
+
+    def _read(self, names: list[str]) -> Iterator[tuple[str, memoryview | None]]:
+        """The entries in order, read by several threads, some ahead."""
+        for start in range(0, len(names), _READ_AHEAD):
+            part = names[start : start + _READ_AHEAD]
+            yield from zip(part, self._readers.map(self._store.read, part), strict=True)
+
+    def _load_state(self, node: Node, tokens: Sequence[int], length: int, state: memoryview) -> None:
+        size = self._cache.block_size
+        rest = tuple(tokens[node.depth * size : length])
+        end = next((child for child in node.children.values() if child.tokens[: len(rest)] == rest), None)
+        end = end if rest else node
+        if end is None or (slot := self._cache.take_slot(lasting=True)) is None:
+            return
+        try:
+            self._runner.executor.import_state(slot, np.frombuffer(state, np.uint8))
+        except ValueError:
+            self._cache.slots.give_back([slot])
+            return
+        home: dict[int, Checkpoint] = {}
+        self._cache.keep(slot, length, home, lasting=True).saved = True
+        self._cache.adopt(end, home)
+
+    # --- to the disk ---
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is more to write."""
+        return bool(self._new)
+
+    def save(self, count: int = _EXPORTS) -> bool:
+        """Hand over to the writing thread what is new, a few entries; false if it has no room now."""
+        if self._new:
+            self._runner.make(self._scheduler.moves)  # some may not have reached their place yet
+        while self._new and count:
+            if not self._store.writing:
+                self._new.clear()
+                self._cache.inserted = None
+                return True
+            if not self._store.room:
+                return False
+            count -= self._save(self._new.popleft())
+        return True
+
+    def close(self, seconds: float) -> None:
+        """Write what can be written in so many seconds."""
+        while self.pending and self.save(64):
+            pass
+        self._store.flush(seconds)
+
+    def _save(self, item: Node | Checkpoint) -> bool:
+        """Whether anything was exported."""
+        if item.saved or not item.alive:
+            return False
+        item.saved = True
+        executor, size = self._runner.executor, self._cache.block_size
+        if isinstance(item, Node):
+            if len(item.tokens) < size:
+                return False  # of use with a state only, which brings it
+            keys = self._keys(item)
+            return self._write(_block(keys[-1]), executor.export_block(item.block).data, keys[:-1])
+        node = item.node
+        if node is None:
+            return False
+        keys = self._keys(node)
+        if item.place < size:
+            keys[-1] = _key(keys[-2] if len(keys) > 1 else self._root, node.tokens[: item.place])
+            self._write(_block(keys[-1]), executor.export_block(node.block).data, keys[:-1])
+        self._positions.add(item.position)
+        return self._write(_state(item.position, keys[-1]), executor.export_state(item.slot).data, keys)
+
+    def _write(self, name: str, data: memoryview, ancestors: list[bytes]) -> bool:
+        if name in self._store:
+            return False
+        self._store.write(name, data, [_block(key) for key in ancestors])
+        return True
+
+    def _keys(self, node: Node) -> list[bytes]:
+        """Keys of the path to a node, from the first block on. Each is made once."""
+        path: list[Node] = []
+        while node.parent is not None:
+            path.append(node)
+            node = node.parent
+        keys, key = [], self._root
+        for step in reversed(path):
+            if not step.key:
+                step.key = _key(key, step.tokens)
+            key = step.key
+            keys.append(key)
+        return keys
+
+    def _chain(self, tokens: Sequence[int]) -> list[bytes]:
+        """The root's key, then that of each full block."""
+        size, keys = self._cache.block_size, [self._root]
+        for start in range(0, len(tokens) - size + 1, size):
+            keys.append(_key(keys[-1], tokens[start : start + size]))
+        return keys
+
+
+def _key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=20).digest()
+
+
+def _block(key: bytes) -> str:
+    return f"b-{key.hex()}"
+
+
+def _state(position: int, key: bytes) -> str:
+    return f"s-{position}-{key.hex()}"
+
+
+def fingerprint(config: EngineConfig, *layout: object) -> str:
+    """Hash of all that the cached values depend on: the checkpoint's files, how they are run, the layout.
+
+    Of weight files name, size and time are taken, of all others (configuration, tokenizer, templates) the contents.
+    """
+    digest = hashlib.blake2b(digest_size=20)
+    for file in sorted(Path(config.model).iterdir()):
+        if file.suffix == ".safetensors":
+            status = file.stat()
+            digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
+        elif file.suffix in {".json", ".jinja", ".model"} and file.is_file():
+            digest.update(repr((file.name, hashlib.blake2b(file.read_bytes()).hexdigest())).encode())
+    settings = (config.block_size, config.top_k_experts, config.dtype, config.isa)
+    digest.update(repr((settings, layout)).encode())
+    return digest.hexdigest()
+
+
+def open_tier(config: EngineConfig, scheduler: Scheduler, runner: Runner, backend: str) -> DiskTier | None:
+    """The tier in the directory that the configuration names; None, with a warning, if it cannot be used."""
+    if config.disk_cache is None:
+        return None
+    executor = runner.executor
+    mark = fingerprint(config, backend, executor.export_block(0).nbytes, executor.export_state(0).nbytes)
+    try:
+        store = DiskStore(
+            Path(config.disk_cache), mark, about=Path(config.model).resolve().name, limit=config.disk_cache_bytes
+        )
+    except OSError as error:
+        log.warning("the disk cache is off: %s", error)
+        return None
+    return DiskTier(store, scheduler, runner, mark)

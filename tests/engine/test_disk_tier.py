@@ -1,0 +1,102 @@
+"""Prefixes that survive the worker: real processes, ended and killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixbit.engine.client import EngineClient
+from mixbit.engine.config import EngineConfig
+from mixbit.engine.disk_store import entries
+from tests.checkpoints import VOCAB_SIZE, write_checkpoint
+from tests.engine.test_client import complete, message
+
+PROMPT = [int(token) for token in np.random.default_rng(3).integers(6, VOCAB_SIZE, 150)]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_next"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / request.param, request.param)
+
+
+@asynccontextmanager
+async def engine(model: Path, disk: Path, **settings: Any) -> AsyncIterator[EngineClient]:
+    config = EngineConfig(
+        model=str(model), device="cpu", threads=1, step_tokens=64, max_running=4, disk_cache=str(disk), **settings
+    )
+    async with EngineClient(config) as client:
+        await client.wait_ready()
+        yield client
+
+
+async def written(disk: Path, count: int) -> None:
+    for _ in range(1000):
+        if len(list(entries(disk))) >= count:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{len(list(entries(disk)))} of {count} entries were written")
+
+
+async def test_the_prefix_is_there_after_a_restart_and_gives_the_same_text(model: Path, tmp_path: Path) -> None:
+    async with engine(model, tmp_path / "disk") as client:
+        cold, first = await complete(client, message(prompt=PROMPT))
+    async with engine(model, tmp_path / "disk") as client:
+        warm, second = await complete(client, message(prompt=PROMPT))
+        again, third = await complete(client, message(prompt=PROMPT))
+    assert first.usage.cached_tokens == 0
+    assert 128 <= second.usage.cached_tokens < 150
+    assert third.usage.cached_tokens == 149
+    assert cold == warm == again
+
+
+async def test_a_killed_worker_leaves_what_it_had_written(model: Path, tmp_path: Path) -> None:
+    async with engine(model, tmp_path / "disk") as client:
+        cold, _ = await complete(client, message(prompt=PROMPT))
+        await written(tmp_path / "disk", 4)
+        for _ in range(3):
+            assert client.pid is not None
+            os.kill(client.pid, signal.SIGKILL)
+            while client.ready is not None:
+                await asyncio.sleep(0.01)
+            await client.wait_ready()
+            warm, finished = await complete(client, message(prompt=PROMPT))
+            assert warm == cold
+        assert finished.usage.cached_tokens >= 64
+
+
+async def test_broken_entries_are_computed_anew(model: Path, tmp_path: Path) -> None:
+    async with engine(model, tmp_path / "disk") as client:
+        cold, _ = await complete(client, message(prompt=PROMPT))
+    for entry in entries(tmp_path / "disk"):
+        data = bytearray(entry.path.read_bytes())
+        data[len(data) // 2] ^= 1
+        entry.path.write_bytes(data)
+    async with engine(model, tmp_path / "disk") as client:
+        warm, finished = await complete(client, message(prompt=PROMPT))
+    assert (warm, finished.usage.cached_tokens) == (cold, 0)
+
+
+async def test_nothing_is_shared_with_another_model(model: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", "llama", seed=5)
+    async with engine(model, tmp_path / "disk") as client:
+        await complete(client, message(prompt=PROMPT))
+    async with engine(other, tmp_path / "disk") as client:
+        _, finished = await complete(client, message(prompt=PROMPT))
+    assert finished.usage.cached_tokens == 0
+
+
+async def test_an_unusable_directory_only_turns_the_tier_off(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    async with engine(model, tmp_path / "file") as client:
+        text, finished = await complete(client, message(prompt=PROMPT))
+        assert text
+        _, again = await complete(client, message(prompt=PROMPT))
+    assert (finished.usage.cached_tokens, again.usage.cached_tokens) == (0, 149)
