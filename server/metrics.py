@@ -25,7 +25,7 @@ class Metrics:
     """The numbers of one application: a `Meter`."""
 
     def __init__(self, engine: Engine) -> None:
-        disable_created_metrics()  # a time for each series, which nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a time for each series: nobody asks
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "mixbit_requests", "Requests for text that reached the engine", ["outcome"], registry=registry
@@ -89,8 +89,9 @@ class _EngineCollector(Collector):
         yield _gauge("mixbit_requests_waiting", "Choices in the queue", stats.waiting)
         yield _gauge("mixbit_cache_bytes", "Allocated for KV and states", ready.cache_bytes if ready else 0)
         block_bytes = ready.block_bytes if ready else 0
-        kv = GaugeMetricFamily("mixbit_kv_bytes", "KV held by running requests", labels=["state"])
+        kv = GaugeMetricFamily("mixbit_kv_bytes", "KV that running requests use, or kept for others", labels=["state"])
         kv.add_metric(["used"], stats.blocks_used * block_bytes)
+        kv.add_metric(["cached"], stats.blocks_cached * block_bytes)
         yield kv
         yield _counter("mixbit_worker_restarts", "Workers that died and were replaced", engine.restarts)
         yield _counter("mixbit_steps", "Steps of the worker that runs now", stats.steps)

@@ -105,7 +105,9 @@ async def test_requests_that_do_not_reach_the_engine_are_answers_alone() -> None
 
 
 async def test_what_the_engine_holds() -> None:
-    engine = FakeEngine(stats=Stats(running=2, waiting=3, blocks_used=7, steps=11, preemptions=5, leaks=1), restarts=4)
+    engine = FakeEngine(
+        stats=Stats(running=2, waiting=3, blocks_used=7, blocks_cached=9, steps=11, preemptions=5, leaks=1), restarts=4
+    )
     async with connect(engine) as client:
         found = await metrics(client)
         expected = {
@@ -113,6 +115,7 @@ async def test_what_the_engine_holds() -> None:
             "mixbit_requests_running": 2,
             "mixbit_requests_waiting": 3,
             'mixbit_kv_bytes{state="used"}': 70,
+            'mixbit_kv_bytes{state="cached"}': 90,
             "mixbit_cache_bytes": 1000,
             "mixbit_worker_restarts_total": 4,
             "mixbit_steps_total": 11,
@@ -184,7 +187,12 @@ def test_a_real_servers_numbers_equal_its_answers(tiny_checkpoint: Path) -> None
     with start("--model", str(tiny_checkpoint), "--threads", "1") as server, server.client() as client:
 
         def ask(number: int) -> dict[str, Any]:
-            body = {"prompt": [5, 6, 7] * (number + 1), "max_tokens": 3 + number, "ignore_eos": True, "n": 1 + number % 2}
+            body = {
+                "prompt": [5, 6, 7] * (number + 1),
+                "max_tokens": 3 + number,
+                "ignore_eos": True,
+                "n": 1 + number % 2,
+            }
             usage: dict[str, Any] = client.post(TEXT, json=body).json()["usage"]
             return usage
 
