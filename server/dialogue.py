@@ -17,6 +17,7 @@ from mixbit.engine.client import RequestRefused
 from mixbit.engine.protocol import Finished
 from mixbit.server.errors import ApiError, invalid
 from mixbit.server.generation import Batch, api_error, require_ready
+from mixbit.server.output import output_parser
 from mixbit.server.parsing.events import (
     ArgumentsDelta,
     Event,
@@ -25,6 +26,7 @@ from mixbit.server.parsing.events import (
     ToolCallEnd,
     ToolCallStart,
 )
+from mixbit.server.parsing.machine import OutputParser
 from mixbit.server.routes.chat import plan, refuse_unsupported
 from mixbit.server.schema.chat import CreateChatCompletionRequest
 from mixbit.server.service import Service
@@ -35,6 +37,7 @@ class Dialogue:
     """One running answer; its prompt is within the limits."""
 
     batch: Batch
+    parser: OutputParser
 
     @property
     def prompt_tokens(self) -> int:
@@ -45,10 +48,10 @@ class Dialogue:
         """What is written, and Finished. Raises RequestFailed. Closing it aborts the request."""
         async with aclosing(self.batch.events()) as events:
             async for _, item in events:
+                for each in self.parser.finish() if isinstance(item, Finished) else self.parser.feed(item.text):
+                    yield each
                 if isinstance(item, Finished):
                     yield item
-                elif item.text:
-                    yield TextDelta(item.text)
 
 
 def chat_request(fields: dict[str, Any]) -> CreateChatCompletionRequest:
@@ -67,9 +70,10 @@ async def start(body: CreateChatCompletionRequest, service: Service, prompt_para
     require_ready(service.engine)
     generate = await plan(body, service)
     try:
-        return Dialogue(await Batch.start(service.engine, [generate], per_prompt=1))
+        batch = await Batch.start(service.engine, [generate], per_prompt=1)
     except RequestRefused as error:
         raise api_error(error, prompt_param) from None
+    return Dialogue(batch, output_parser(body, service.model, str(generate.prompt)))
 
 
 async def count_tokens(body: CreateChatCompletionRequest, service: Service, prompt_param: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import anthropic
@@ -11,6 +12,7 @@ import pytest
 from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
+from mixbit.server.parsing.machine import ReasoningMarkers
 from mixbit.server.schema import messages as schema
 from mixbit.server.settings import LOOPBACK_HOSTS, Access
 from tests.fakes import FakeEngine, Reply, failure, refusal
@@ -150,6 +152,60 @@ async def test_turns_with_tools_reach_the_template() -> None:
     )
     assert str(engine.requests[0].prompt).startswith(prompt)
     assert str(engine.requests[1].prompt) == "<user>hiTHINK"
+
+
+# What a model writes that thinks, says something and calls a tool.
+CALLING = ["<think>", "I lo", "ok", "</think>", "Look", "ing.", '<tool_call>\n{"name": "weather", ']
+CALLING += ['"arguments": {"city": "K', 'öln"}}', "\n</tool_call>"]
+THINKING = replace(served_model(), reasoning=ReasoningMarkers("<think>", "</think>"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_thinking_and_calls_are_blocks(stream: bool) -> None:
+    async with connect(FakeEngine(Reply(CALLING)), THINKING) as client:
+        response = await client.post(PATH, json={**ASK, "tools": [WEATHER], "stream": stream})
+    assert response.status_code == 200, response.text
+    if not stream:
+        answer = Message.model_validate(response.json(), strict=True)
+        thinking, text, call = answer.content
+        assert (thinking.type, text.type, call.type) == ("thinking", "text", "tool_use")
+        assert (thinking.thinking, text.text, call.name, call.input) == (
+            "I look",
+            "Looking.",
+            "weather",
+            {"city": "Köln"},
+        )
+        assert call.id
+        assert answer.stop_reason == "tool_use"
+        return
+    events = named_events(response.text)
+    for event in events:
+        if event["type"] != "ping":
+            EVENT.validate_python(event, strict=True)
+    blocks = [event["content_block"]["type"] for event in events if event["type"] == "content_block_start"]
+    assert blocks == ["thinking", "text", "tool_use"]
+    deltas: dict[int, str] = {}
+    for event in events:
+        if event["type"] == "content_block_delta":
+            kind = event["delta"]["type"]
+            key = {"thinking_delta": "thinking", "text_delta": "text", "input_json_delta": "partial_json"}[kind]
+            deltas[event["index"]] = deltas.get(event["index"], "") + event["delta"][key]
+    assert [deltas[0], deltas[1], json.loads(deltas[2])] == ["I look", "Looking.", {"city": "Köln"}]
+    order = [(event["type"], event.get("index")) for event in events if event["type"].startswith("content_block_s")]
+    assert order == [(f"content_block_{what}", index) for index in range(3) for what in ("start", "stop")]
+    assert events[-2]["delta"]["stop_reason"] == "tool_use"
+
+
+async def test_a_call_can_be_demanded() -> None:
+    engine = FakeEngine(Reply(CALLING[6:]))
+    for choice in ({"type": "any"}, {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}):
+        assert (await post(engine, tools=[WEATHER], tool_choice=choice)).status_code == 200
+        assert engine.requests[-1].grammar is not None
+    await post(engine, tools=[WEATHER], tool_choice={"type": "auto"})
+    assert engine.requests[-1].grammar is None
+    shape = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    assert (await post(engine, output_config=shape)).status_code == 200
+    assert engine.requests[-1].grammar is not None
 
 
 async def test_an_answer_can_be_begun() -> None:

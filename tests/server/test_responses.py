@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import openai
@@ -12,7 +13,7 @@ from pydantic import TypeAdapter
 from mixbit.server.schema import responses as schema
 from tests.fakes import FakeEngine, Reply, failure, refusal
 from tests.server.support import connect, error_of, served_model
-from tests.server.test_messages import TELL_ALL, named_events
+from tests.server.test_messages import CALLING, TELL_ALL, THINKING, WEATHER, named_events
 
 PATH = "/v1/responses"
 EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
@@ -107,6 +108,43 @@ async def test_items_reach_the_template_as_turns() -> None:
         'ANSWER(weather {"type": "object"})'
     )
     assert [tool["name"] for tool in response.json()["tools"]] == ["weather"]
+
+
+TOOL = {"type": "function", "name": "weather", "parameters": WEATHER["input_schema"], "strict": False}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_thinking_and_calls_are_items(stream: bool) -> None:
+    async with connect(FakeEngine(Reply(CALLING)), THINKING) as client:
+        response = await client.post(PATH, json={"input": "hi", "tools": [TOOL], "stream": stream})
+    assert response.status_code == 200, response.text
+    body = response.json() if not stream else named_events(response.text)[-1]["response"]
+    answer = Response.model_validate(body, strict=True)
+    thinking, message, call = answer.output
+    assert (thinking.type, message.type, call.type) == ("reasoning", "message", "function_call")
+    assert thinking.content is not None
+    assert (thinking.content[0].text, answer.output_text) == ("I look", "Looking.")
+    assert (call.name, json.loads(call.arguments), call.status) == ("weather", {"city": "Köln"}, "completed")
+    if not stream:
+        return
+    events = named_events(response.text)
+    for event in events:
+        EVENT.validate_python(event, strict=True)
+    fragments = [event["delta"] for event in events if event["type"] == "response.function_call_arguments.delta"]
+    assert json.loads("".join(fragments)) == {"city": "Köln"}
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == body["output"]
+
+
+async def test_calls_and_shapes_can_be_demanded() -> None:
+    engine = FakeEngine(Reply(CALLING[6:]))
+    form = {"type": "json_schema", "name": "city", "schema": {"type": "object"}, "strict": True}
+    choices: list[Any] = ["required", {"type": "function", "name": "weather"}]
+    for body in (*({"tools": [TOOL], "tool_choice": each} for each in choices), {"text": {"format": form}}):
+        response = await post(engine, **body)
+        assert response.status_code == 200, response.text
+        assert engine.requests[-1].grammar is not None
+        Response.model_validate(response.json(), strict=True)
 
 
 @pytest.mark.parametrize(
