@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -128,7 +129,7 @@ async def disturbance(side: Side, words: int, salt: int) -> tuple[float, float]:
         end = time.perf_counter()
         over.set()
         await watcher
-    gaps = [(after, after - before) for before, after in zip(times, times[1:], strict=False)]
+    gaps = [(after, after - before) for before, after in itertools.pairwise(times)]
     quiet = [gap for at, gap in gaps if at < start]
     loud = sorted(gap for at, gap in gaps if at >= start and at - gap <= end)
     return statistics.median(quiet), loud[math.ceil(0.99 * len(loud)) - 1]
