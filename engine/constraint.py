@@ -47,15 +47,14 @@ class Constraint:
         self._vocab_size = vocab_size
         self._pool = pool
         self._mask = np.zeros(-(-vocab_size // 32), np.int32)  # a bit for each token
-        self._computed: Future[None] = pool.submit(self._compute)
+        self._computed: Future[npt.NDArray[np.bool_]] = pool.submit(self._compute)
 
     def allowed(self) -> npt.NDArray[np.bool_]:
         """Which tokens [vocab] may come next. Raises ConstraintError if none can be named."""
-        self._computed.result()
+        mask = self._computed.result()
         if self._matcher.is_error():
             raise ConstraintError(f"the grammar cannot be followed: {_reason(self._matcher.get_error())}")
-        bits = np.unpackbits(self._mask.view(np.uint8), count=self._vocab_size, bitorder="little")
-        return bits.view(np.bool_)
+        return mask
 
     def accept(self, token: int) -> bool:
         """Go on by an allowed token; true if nothing may follow. Raises ConstraintError."""
@@ -67,8 +66,10 @@ class Constraint:
         self._computed = self._pool.submit(self._compute)
         return False
 
-    def _compute(self) -> None:
+    def _compute(self) -> npt.NDArray[np.bool_]:
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        bits = np.unpackbits(self._mask.view(np.uint8), count=self._vocab_size, bitorder="little")
+        return bits.view(np.bool_)
 
 
 class GrammarCompiler:
