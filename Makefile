@@ -15,7 +15,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check test-torch clean
+.PHONY: help serve test check test-torch test-clients clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -36,8 +36,11 @@ check: $(VENV)/installed-test build/types/mixbit ## ruff, mypy --strict, import 
 test-torch: $(VENV)-torch/installed ## parity against transformers and torch, in an environment of its own
 	@$(VENV)-torch/bin/python -m pytest -q tests/torch_parity
 
+test-clients: $(VENV)-clients/installed ## clients that others wrote, in an environment of their own, against the demo model
+	@MIXBIT_PYTHON=$(PY) $(VENV)-clients/bin/python -m pytest -q -W ignore tests/clients
+
 clean: ## remove environments and build output (the model cache stays)
-	rm -rf $(VENV) $(VENV)-torch build
+	rm -rf $(VENV) $(VENV)-torch $(VENV)-clients build
 
 # --- environments ---
 
@@ -67,6 +70,12 @@ $(VENV)-torch/installed: $(VENV)/installed-test
 	@$(VENV)-torch/bin/python -c 'import sys, sysconfig; print("import site; site.addsitedir(%r)" % sys.argv[1], \
 		file=open(sysconfig.get_path("purelib") + "/mixbit.pth", "w"))' \
 		"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
+
+# Clients contradict our dependencies and one another's newest releases: pip finds a set that fits.
+$(VENV)-clients/installed: $(VENV)/installed
+	@$(VENV)/bin/python -m venv $(VENV)-clients
+	@$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
 	@touch $@
 
 # mypy finds packages by folder: a folder of links gives the import names.

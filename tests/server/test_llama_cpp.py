@@ -124,14 +124,15 @@ async def test_tokens_and_back() -> None:
     assert (await post("/detokenize", **tokens)).json() == {"content": "hé"}
     response = await post("/detokenize", tokens=[0x110000])
     assert (response.status_code, error_of(response)["param"]) == (400, "tokens")
-    for path, body, param in [
+    wrong: list[tuple[str, dict[str, Any], str]] = [
         ("/tokenize", {}, "content"),
         ("/tokenize", {"content": "x", "with_pieces": True}, "with_pieces"),
         ("/tokenize", {"content": "x", "parse_special": False}, "parse_special"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
         ("/detokenize", {"tokens": [2**40]}, "tokens[0]"),
         ("/detokenize", {"tokens": "x"}, "tokens"),
-    ]:
+    ]
+    for path, body, param in wrong:
         response = await post(path, **body)
         assert (response.status_code, error_of(response)["param"]) == (400, param), body
 

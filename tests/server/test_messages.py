@@ -167,7 +167,8 @@ async def test_thinking_and_calls_are_blocks(stream: bool) -> None:
     assert response.status_code == 200, response.text
     if not stream:
         answer = Message.model_validate(response.json(), strict=True)
-        thinking, text, call = answer.content
+        content: list[Any] = list(answer.content)
+        thinking, text, call = content
         assert (thinking.type, text.type, call.type) == ("thinking", "text", "tool_use")
         assert (thinking.thinking, text.text, call.name, call.input) == (
             "I look",

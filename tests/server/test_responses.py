@@ -120,7 +120,8 @@ async def test_thinking_and_calls_are_items(stream: bool) -> None:
     assert response.status_code == 200, response.text
     body = response.json() if not stream else named_events(response.text)[-1]["response"]
     answer = Response.model_validate(body, strict=True)
-    thinking, message, call = answer.output
+    output: list[Any] = list(answer.output)
+    thinking, message, call = output
     assert (thinking.type, message.type, call.type) == ("reasoning", "message", "function_call")
     assert thinking.content is not None
     assert (thinking.content[0].text, answer.output_text) == ("I look", "Looking.")
@@ -177,8 +178,17 @@ async def test_what_cannot_be_done_is_refused_by_name(body: dict[str, Any], para
 
 
 async def test_what_sdks_always_send_is_taken() -> None:
-    body = {"background": False, "truncation": "disabled", "include": ["reasoning.encrypted_content"], "store": False}
-    more = {"metadata": {"a": "b"}, "text": {"format": {"type": "text"}, "verbosity": "low"}, "prompt_cache_key": "k"}
+    body: dict[str, Any] = {
+        "background": False,
+        "truncation": "disabled",
+        "include": ["reasoning.encrypted_content"],
+        "store": False,
+    }
+    more: dict[str, Any] = {
+        "metadata": {"a": "b"},
+        "text": {"format": {"type": "text"}, "verbosity": "low"},
+        "prompt_cache_key": "k",
+    }
     response = await post(FakeEngine(), **body, **more)
     assert response.status_code == 200, response.text
     assert response.json()["metadata"] == {"a": "b"}
@@ -198,7 +208,8 @@ async def test_failures_are_told(stream: bool) -> None:
 
 
 async def test_the_sdk_reads_it() -> None:
-    async with connect(FakeEngine(Reply(["Hel", "lo"]))) as http:
+    async with connect(FakeEngine(Reply(["Hel", "lo"]))) as connection:
+        http: Any = connection  # the SDK's types name a twin of httpx
         client = openai.AsyncOpenAI(base_url="http://127.0.0.1:8080/v1", api_key="any", http_client=http)
         async with client.responses.stream(model="tiny", input="hi") as stream:
             text = "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
