@@ -75,7 +75,7 @@ def describe_model(directory: Path, names: Sequence[str], chat_template: Path | 
         defaults=_generation_config(directory).over(preset.sampling),
         template=template,
         template_problem=problem,
-        fim=preset.fim if preset.fim and _has_tokens(directory, preset.fim) else None,
+        fim=_known_tokens(directory, preset.fim) if preset.fim else None,
         quantization=_quantization_summary(config),
         tools=tool_format(knows, preset.tools),
         reasoning=reasoning_markers(knows, thinking),
@@ -143,13 +143,16 @@ class _TokenizerFile(msgspec.Struct):
     added_tokens: list[_AddedToken] = []
 
 
-def _has_tokens(directory: Path, fim: FillInMiddle) -> bool:
+def _known_tokens(directory: Path, fim: FillInMiddle) -> FillInMiddle | None:
+    """The tokens for filling in, if the tokenizer has them; without that of files if it has not."""
     try:
         tokens = msgspec.json.decode((directory / "tokenizer.json").read_bytes(), type=_TokenizerFile).added_tokens
     except (OSError, msgspec.MsgspecError):
-        return False  # the worker reads this file too and says what is wrong
-    needed = {fim.prefix, fim.suffix, fim.middle} | ({fim.file} if fim.file else set())
-    return needed <= {token.content for token in tokens}
+        return None  # the worker reads this file too and says what is wrong
+    names = {token.content for token in tokens}
+    if not {fim.prefix, fim.suffix, fim.middle} <= names:
+        return None
+    return fim if fim.file in names else msgspec.structs.replace(fim, file=None)
 
 
 def _quantization_summary(config: dict[str, Any]) -> str:
