@@ -101,7 +101,8 @@ class DiskTier:
             (block,) = cache.take_blocks(1)
             try:
                 self._runner.executor.import_block(block, np.frombuffer(data, np.uint8))
-            except ValueError:  # not of this program after all
+            except Exception:  # whatever is wrong with an entry, its tokens can be computed
+                log.exception("an entry of the disk cache cannot be used: %s", name)
                 cache.blocks.give_back([block])
                 self._store.delete(name)
                 break
@@ -127,7 +128,8 @@ class DiskTier:
             return
         try:
             self._runner.executor.import_state(slot, np.frombuffer(state, np.uint8))
-        except ValueError:
+        except Exception:
+            log.exception("a state from the disk cache cannot be used")
             self._cache.slots.give_back([slot])
             return
         home: dict[int, Checkpoint] = {}
