@@ -21,7 +21,7 @@ def serve() -> int:
     from mixbit.engine import process
     from mixbit.server.cli.main import main
 
-    process.PROGRAM = ("-P", __file__, WORKER)  # type: ignore[assignment]
+    process.PROGRAM = ("-P", __file__, WORKER)
     return main()
 
 
@@ -42,7 +42,7 @@ def work(arguments: list[str]) -> int:
             raise ArithmeticError("the model step failed, as asked")
         return run(self, chunks, *rest)
 
-    Runner.run = faulty  # type: ignore[method-assign]
+    Runner.run = faulty  # type: ignore[method-assign, assignment]
     return worker.main(arguments)
 
 
