@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -224,7 +225,9 @@ async def compare(sides: list[Side], repeat: int, measure: Callable[[Side, int],
     for turn in range(repeat):
         for side in sides:
             try:
-                found[side.name].append(await measure(side, turn))
+                result = await measure(side, turn)
+                found[side.name].append(result)
+                print(f"{side.name}: {result}", file=sys.stderr, flush=True)
             except (httpx.HTTPError, ValueError, IndexError) as error:
                 print(f"{side.name}: {type(error).__name__}: {error}", file=sys.stderr)
     return found
@@ -275,6 +278,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=3000, help="of the long prompt, about two tokens each")
     parser.add_argument("--churn", type=int, default=5000, help="short requests")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # the servers end with us
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(serving(*side)) for side in commands(args)]
         table = Table("work", *(side.name for side in sides), "at least")
