@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -429,15 +429,15 @@ async def test_the_worker_says_what_it_holds(models: dict[str, Path]) -> None:
     async with engine(models["llama"], max_running=1) as client:
         await until(lambda: client.stats is not None)
         assert client.stats == Stats()
-        async with await client.generate(message(max_tokens=400)) as running:
-            await anext(aiter(running))
-            async with await client.generate(message("second")):
-                await until(lambda: client.stats is not None and client.stats.waiting == 1)
-                assert client.stats is not None
-                assert client.stats.running == 1
-                assert client.stats.blocks_used > 0
-                assert client.ready is not None
-                assert client.stats.blocks_used * client.ready.block_bytes <= client.ready.cache_bytes
+        async with AsyncExitStack() as streams:
+            for number in range(12):  # one runs at a time: enough that some still wait when the numbers come
+                request = message(f"request-{number}", max_tokens=400)
+                await streams.enter_async_context(await client.generate(request))
+            await until(lambda: client.stats is not None and client.stats.waiting > 0 and client.stats.blocks_used > 0)
+            assert client.stats is not None
+            assert client.stats.running == 1
+            assert client.ready is not None
+            assert client.stats.blocks_used * client.ready.block_bytes <= client.ready.cache_bytes
         await until(lambda: client.stats is not None and client.stats.running == client.stats.waiting == 0)
         assert client.stats.blocks_used == client.stats.leaks == 0
         assert client.stats.steps > 0
