@@ -1,4 +1,4 @@
-"""`mixbit convert`, `inspect`, `download` and `doctor`: what they print, where, and how they end."""
+"""`mixbit convert`, `synth`, `inspect`, `download` and `doctor`: what they print, where, and how they end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.engine.fake_hub import fake_hub
 from tests.engine.gguf_models import TinyGguf
 
 Output = pytest.CaptureFixture[str]
-COMMANDS = ["convert", "inspect", "download", "doctor"]
+COMMANDS = ["convert", "synth", "inspect", "download", "doctor"]
 
 
 def widths(path: Path) -> dict[str, int | None]:
@@ -95,6 +95,24 @@ def test_convert_refusals(
     assert message in output.err
     assert output.out == ""
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["broken.gguf", "empty"]
+
+
+def test_synth_writes_what_can_be_inspected(tmp_path: Path, capsys: Output) -> None:
+    like, out = write_checkpoint(tmp_path / "like", "qwen3_5_moe"), tmp_path / "out"
+    assert main(["synth", "--like", str(like), str(out), "--layers", "2", "--bits", "5", "--group-size", "32"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert set(widths(out).values()) == {5, 8}
+    assert main(["synth", "--like", str(like), str(out)]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main(["synth", "--like", str(like), str(out), "--layers", "1", "--bits", "16", "--force"]) == 0
+    assert set(widths(out).values()) == {None}
+    assert main(["synth", "--like", "nothing", str(tmp_path / "other")]) == 1
+    assert "neither a config.json nor one of: qwen3-coder-next" in capsys.readouterr().err
+    for wrong in (["--layers", "0"], ["--seed", "-1"], ["--bits", "7"], ["--override", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["synth", "--like", str(like), str(tmp_path / "other"), *wrong])
+        assert stop.value.code == 2
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])
