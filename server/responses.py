@@ -16,6 +16,7 @@ from mixbit.server.schema.responses import (
     InputMessage,
     InputText,
     NamedTool,
+    NamespaceTool,
     ReasoningItem,
     TextFormat,
 )
@@ -27,7 +28,7 @@ def to_chat(body: CreateResponseRequest) -> CreateChatCompletionRequest:
     """The chat request. Raises ApiError."""
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else _messages(body.input)
     head: list[Json] = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    tools = [_tool(tool) for tool in body.tools or () if isinstance(tool, FunctionTool)]
+    tools = [_tool(name, tool) for name, _, tool in functions(body)]
     choice: Any = body.tool_choice
     if isinstance(choice, NamedTool):
         choice = {"type": "function", "function": {"name": choice.name}}
@@ -46,6 +47,22 @@ def to_chat(body: CreateResponseRequest) -> CreateChatCompletionRequest:
     )
 
 
+def functions(body: CreateResponseRequest) -> list[tuple[str, str | None, FunctionTool]]:
+    """The functions that the request offers: the name that the model knows, the namespace, the function."""
+    found: list[tuple[str, str | None, FunctionTool]] = []
+    for tool in body.tools or ():
+        match tool:
+            case FunctionTool():
+                found.append((tool.name, None, tool))
+            case NamespaceTool():
+                found += [(_full_name(tool.name, each.name), tool.name, each) for each in tool.tools]
+    return found
+
+
+def _full_name(namespace: str | None, name: str) -> str:
+    return name if namespace is None else f"{namespace}.{name}"
+
+
 def _messages(items: list[InputItem]) -> list[Json]:
     """Items as messages: what the assistant thought, said and called in one turn is one message."""
     result: list[Json] = []
@@ -61,7 +78,7 @@ def _messages(items: list[InputItem]) -> list[Json]:
                 turn = _turn(result, "reasoning_content")
                 turn["reasoning_content"] = thought
             case FunctionCallItem():
-                function = {"name": item.name, "arguments": item.arguments}
+                function = {"name": _full_name(item.namespace, item.name), "arguments": item.arguments}
                 call = {"id": item.call_id, "type": "function", "function": function}
                 _turn(result).setdefault("tool_calls", []).append(call)
             case FunctionCallOutput():
@@ -95,8 +112,8 @@ def _text(content: InputContent) -> str:
     return "\n".join(part.text if isinstance(part, InputText) else part.refusal for part in content)
 
 
-def _tool(tool: FunctionTool) -> Json:
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+def _tool(name: str, tool: FunctionTool) -> Json:
+    function = {"name": name, "description": tool.description, "parameters": tool.parameters}
     return {"type": "function", "function": {**function, "strict": tool.strict}}
 
 

@@ -19,8 +19,8 @@ from mixbit.engine.protocol import Finished, Usage
 from mixbit.server.dialogue import Dialogue, Part, Parts, Step, start
 from mixbit.server.errors import ApiError, error_object
 from mixbit.server.generation import api_error
-from mixbit.server.responses import to_chat
-from mixbit.server.schema.responses import CreateResponseRequest, Response
+from mixbit.server.responses import functions, to_chat
+from mixbit.server.schema.responses import CreateResponseRequest, Response, WebSearchTool
 from mixbit.server.service import CurrentService
 from mixbit.server.settings import HTTP
 from mixbit.server.sse import Disconnected, EventStream, typed_event, while_connected
@@ -147,13 +147,25 @@ class _Answer:
         head = {"id": self._item_id(part), "status": status}
         if part.call is not None:
             arguments = "" if empty else part.text
-            call = {"call_id": part.call.id, "name": part.call.name, "arguments": arguments}
-            return {**head, "type": "function_call", **call}
+            return {
+                **head,
+                "type": "function_call",
+                "call_id": part.call.id,
+                **self._called(part.call.name),
+                "arguments": arguments,
+            }
         if part.kind == "thinking":
             content = [] if empty else [{"type": "reasoning_text", "text": part.text}]
             return {**head, "type": "reasoning", "summary": [], "content": content}
         content = [] if empty else [_text_part(part.text)]
         return {**head, "type": "message", "role": "assistant", "content": content}
+
+    def _called(self, name: str) -> Json:
+        """The function that the model knows by `name`, as the client does."""
+        for known, namespace, tool in functions(self.body):
+            if known == name and namespace is not None:
+                return {"name": tool.name, "namespace": namespace}
+        return {"name": name}
 
     def _ended(self, finished: Finished) -> Json:
         cut = _cut(finished)
@@ -195,7 +207,7 @@ class _Answer:
             "temperature": body.temperature,
             "text": {"format": form.model_dump(by_alias=True, exclude_none=True) if form else {"type": "text"}},
             "tool_choice": "auto" if chosen is None else chosen if isinstance(chosen, str) else chosen.model_dump(),
-            "tools": [tool.model_dump() for tool in tools if tool.type == "function"],
+            "tools": [tool.model_dump() for tool in tools if not isinstance(tool, WebSearchTool)],
             "top_p": body.top_p,
             "truncation": "disabled",
             "background": False,

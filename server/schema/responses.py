@@ -46,6 +46,7 @@ class FunctionCallItem(RequestModel):
     type: Literal["function_call"]
     call_id: Name
     name: Name
+    namespace: Name | None = None
     arguments: str
 
 
@@ -102,13 +103,22 @@ class FunctionTool(RequestModel):
     strict: bool | None = None
 
 
+class NamespaceTool(RequestModel):
+    """Functions under one name, as Codex sends them. The model knows each as `namespace.function`."""
+
+    type: Literal["namespace"]
+    name: Name
+    description: str | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=REQUEST.max_tools)]
+
+
 class WebSearchTool(RequestModel):
     """Accepted, since agents always send it, and left out: this server searches nothing."""
 
     type: Literal["web_search", "web_search_preview"]
 
 
-ResponseTool = Annotated[FunctionTool | WebSearchTool, Field(discriminator="type")]
+ResponseTool = Annotated[FunctionTool | NamespaceTool | WebSearchTool, Field(discriminator="type")]
 
 
 class NamedTool(RequestModel):
@@ -215,6 +225,7 @@ class OutputFunctionCall(ResponseModel):
     status: Literal["in_progress", "completed", "incomplete"]
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: str
 
 

@@ -137,6 +137,30 @@ async def test_thinking_and_calls_are_items(stream: bool) -> None:
     assert done == body["output"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_functions_of_a_namespace_keep_it(stream: bool) -> None:
+    written = '<tool_call>\n{"name": "sky.weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+    engine = FakeEngine(Reply([written]))
+    call = {"type": "function_call", "call_id": "a", "namespace": "sky", "name": "weather", "arguments": "{}"}
+    items = [
+        {"role": "user", "content": "hi"},
+        call,
+        {"type": "function_call_output", "call_id": "a", "output": "rain"},
+    ]
+    tools = [{"type": "namespace", "name": "sky", "description": "", "tools": [TOOL]}, {**TOOL, "name": "other"}]
+    response = await post(engine, TELL_ALL, input=items, tools=tools, stream=stream)
+    assert response.status_code == 200, response.text
+    assert "[a sky.weather {}]" in engine.requests[0].prompt
+    events = named_events(response.text) if stream else []
+    for event in events:
+        EVENT.validate_python(event, strict=True)
+    answer = Response.model_validate(events[-1]["response"] if stream else response.json(), strict=True)
+    (called,) = answer.output
+    assert called.type == "function_call"
+    assert (called.namespace, called.name) == ("sky", "weather")
+    assert [tool.type for tool in answer.tools] == ["namespace", "function"]
+
+
 async def test_calls_and_shapes_can_be_demanded() -> None:
     engine = FakeEngine(Reply(CALLING[6:]))
     form = {"type": "json_schema", "name": "city", "schema": {"type": "object"}, "strict": True}
