@@ -15,7 +15,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check test-torch test-clients clean
+.PHONY: help serve test check test-torch test-clients clients clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -38,6 +38,9 @@ test-torch: $(VENV)-torch/installed ## parity against transformers and torch, in
 
 test-clients: $(VENV)-clients/installed ## clients that others wrote, in an environment of their own, against the demo model
 	@MIXBIT_PYTHON=$(PY) $(VENV)-clients/bin/python -m pytest -q -W ignore tests/clients
+
+clients: build/agents/installed ## coding agents from npm, each with a scripted task and a question; prints a table
+	@$(PY) -m tests.agents.run build/agents
 
 clean: ## remove environments and build output (the model cache stays)
 	rm -rf $(VENV) $(VENV)-torch $(VENV)-clients build
@@ -76,6 +79,12 @@ $(VENV)-torch/installed: $(VENV)/installed-test
 $(VENV)-clients/installed: $(VENV)/installed
 	@$(VENV)/bin/python -m venv $(VENV)-clients
 	@$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	@touch $@
+
+build/agents/installed: tests/agents/package.json $(VENV)/installed
+	@command -v npm >/dev/null || { echo "error: npm not found; install Node.js 20 or newer" >&2; exit 1; }
+	@mkdir -p build/agents && cp tests/agents/package.json build/agents
+	@npm install --prefix build/agents --no-audit --no-fund --loglevel=error
 	@touch $@
 
 # mypy finds packages by folder: a folder of links gives the import names.
