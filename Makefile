@@ -15,7 +15,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check test-torch test-clients clients clean
+.PHONY: help serve test check test-torch test-clients clients bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -42,8 +42,13 @@ test-clients: $(VENV)-clients/installed ## clients that others wrote, in an envi
 clients: build/agents/installed ## coding agents from npm, each with a scripted task and a question; prints a table
 	@$(PY) -m tests.agents.run build/agents
 
+# `make bench ROWS='smollm2-*' ARGS="--json bench.json --layers 4"`
+ROWS ?= *
+bench: $(VENV)/installed $(VENV)-bench/installed build/bench/rates ## speed beside llama.cpp, built natively in an environment of its own
+	@$(PY) -m bench.cpu --peer-python $(VENV)-bench/bin/python --rates build/bench/rates --rows '$(ROWS)' $(ARGS)
+
 clean: ## remove environments and build output (the model cache stays)
-	rm -rf $(VENV) $(VENV)-torch $(VENV)-clients build
+	rm -rf $(VENV) $(VENV)-torch $(VENV)-clients $(VENV)-bench build
 
 # --- environments ---
 
@@ -86,6 +91,18 @@ build/agents/installed: tests/agents/package.json $(VENV)/installed
 	@mkdir -p build/agents && cp tests/agents/package.json build/agents
 	@npm install --prefix build/agents --no-audit --no-fund --loglevel=error
 	@touch $@
+
+# The peer, compiled for this very processor: as fast as it can be here.
+$(VENV)-bench/installed: | $(VENV)/toolchain
+	@echo "building llama-cpp-python (about ten minutes)"
+	@$(VENV)/bin/python -m venv $(VENV)-bench
+	@. ./$(VENV)/toolchain; CMAKE_ARGS="$$CMAKE_ARGS -DGGML_NATIVE=ON" $(VENV)-bench/bin/python -m pip install --quiet \
+		--disable-pip-version-check --no-binary llama-cpp-python "llama-cpp-python[server]==0.3.36"
+	@touch $@
+
+build/bench/rates: bench/rates.cpp | $(VENV)/toolchain
+	@mkdir -p $(@D)
+	@. ./$(VENV)/toolchain; $${CXX:-c++} -O3 -march=native -std=c++20 -pthread $< -o $@
 
 # mypy finds packages by folder: a folder of links gives the import names.
 build/types/mixbit:

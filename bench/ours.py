@@ -13,38 +13,49 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
+from mixbit.engine.build import build
+from mixbit.engine.config import EngineConfig
 from mixbit.engine.loader import load
+from mixbit.engine.protocol import Generate, Sampling
+from mixbit.engine.sizing import slot_bytes
 from mixbit.kernels.executor import Batch, CacheConfig, ExecutorOptions
 from mixbit.kernels.registry import choose
 
 BLOCK = 32
+CHUNK = 512
 
 
 class Engine:
-    def __init__(self, model: str, threads: int, context: int, sequences: int, device: str) -> None:
-        self.blocks = -(-context // BLOCK)
+    """One model; up to `sequences` sequences share room for `context` tokens, and 512 for each further one."""
+
+    def __init__(self, model: str, threads: int, context: int, sequences: int, options: dict[str, Any]) -> None:
+        private, start = private_memory(), time.perf_counter()
+        self.blocks = -(-context // BLOCK) + (sequences - 1) * CHUNK // BLOCK
+        self.sequences, self.threads, self.path = sequences, threads, model
         self.model = load(Path(model))
-        self.chunk = 512
+        device = options.pop("device", "auto")
         self.executor = choose(device).backend.compile(
             self.model.program,
-            CacheConfig(self.blocks * sequences, BLOCK, sequences),
-            ExecutorOptions(max_tokens=self.chunk, threads=threads),
+            CacheConfig(self.blocks, BLOCK, sequences),
+            ExecutorOptions(max_tokens=CHUNK, threads=threads, **options),
         )
         self.rng = np.random.default_rng(0)
+        self.filled: tuple[int, int] | None = None
+        self.core: Any = None
+        self.step(1, 1, 0)
+        self.loaded = {"seconds": time.perf_counter() - start, "private": private_memory() - private}
 
     def step(self, sequences: int, tokens: int, context: int) -> None:
         """Run `tokens` new tokens at position `context` of each of the first `sequences` sequences."""
-        count = sequences * tokens
-        tables = np.arange(sequences * self.blocks, dtype=np.int32).reshape(sequences, self.blocks)
+        count, room = sequences * tokens, self.blocks // sequences
         starts = np.arange(0, count + 1, tokens, dtype=np.int32)
         self.executor.run(
             Batch(
                 tokens=self.rng.integers(0, self.model.vocab_size, count).astype(np.int32),
                 query_starts=starts,
                 context_lengths=np.full(sequences, context, np.int32),
-                block_tables=tables,
+                block_tables=np.arange(sequences * room, dtype=np.int32).reshape(sequences, room),
                 state_slots=np.arange(sequences, dtype=np.int32),
                 logit_rows=starts[1:] - 1,
             )
@@ -52,9 +63,10 @@ class Engine:
 
     def fill(self, sequences: int, context: int) -> None:
         """Fill each cache up to `context` tokens."""
-        chunk = self.chunk // sequences
+        chunk = CHUNK // sequences
         for start in range(0, context, chunk):
             self.step(sequences, min(chunk, context - start), start)
+        self.filled = (sequences, context)
 
     def prefill(self, tokens: int) -> float:
         """Seconds for a prompt of `tokens`."""
@@ -64,24 +76,58 @@ class Engine:
 
     def decode(self, tokens: int, context: int, sequences: int) -> float:
         """Seconds for `tokens` steps of every sequence after `context` tokens; filling is not counted."""
-        self.fill(sequences, context)
+        if self.filled != (sequences, context):  # what lies behind the context is written anew
+            self.fill(sequences, context)
         start = time.perf_counter()
         for i in range(tokens):
             self.step(sequences, 1, context + i)
         return time.perf_counter() - start
 
+    def stream(self, tokens: int) -> float:
+        """Seconds for `tokens` tokens of one request through scheduler, sampler and detokenizer."""
+        if self.core is None:
+            config = EngineConfig(model=self.path, threads=self.threads)
+            self.core = build(config, lambda stage, done, total: None).core
+        request = Generate(
+            request_id="alone",
+            prompt="Once upon a time, in a land far away, there lived an old king who",
+            add_special_tokens=False,
+            sampling=Sampling(temperature=0),
+            max_tokens=tokens + 1,
+            ignore_eos=True,
+        )
+        self.core.add(self.core.admission.admit(request))
+        self.core.step()
+        start = time.perf_counter()
+        while not self.core.idle:
+            self.core.step()
+        return time.perf_counter() - start
+
+    def facts(self) -> dict[str, float]:
+        """Bytes: of weights, of the keys and values of one token, allocated now."""
+        states = slot_bytes(self.model.program) * self.sequences
+        kv = (self.executor.cache_bytes - states) / (self.blocks * BLOCK)
+        return {"weights": self.model.weight_bytes, "kv_token_bytes": kv, "resident": private_memory()}
+
+
+def private_memory() -> int:
+    """Bytes in memory that belong to this process alone; mapped files do not count."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    start = time.perf_counter()
     engine = Engine(
-        options["model"],
-        options["threads"],
-        options["context"],
-        options.get("sequences", 1),
-        options.get("device", "auto"),
+        options.pop("model"),
+        options.pop("threads"),
+        options.pop("context"),
+        options.pop("sequences", 1),
+        options,
     )
-    reply({"load_seconds": time.perf_counter() - start})
+    reply(engine.loaded)
     for line in sys.stdin:
         command = json.loads(line)
         match command.pop("do"):
@@ -89,9 +135,10 @@ def main() -> None:
                 reply({"seconds": engine.prefill(**command)})
             case "decode":
                 reply({"seconds": engine.decode(**command)})
-            case "memory":
-                memory = psutil.Process().memory_full_info()
-                reply({"private": memory.uss, "weights": engine.model.weight_bytes})
+            case "stream":
+                reply({"seconds": engine.stream(**command)})
+            case "facts":
+                reply(engine.facts())
 
 
 def reply(message: dict[str, Any]) -> None:

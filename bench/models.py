@@ -1,0 +1,71 @@
+"""The models that are measured, in a cache folder: each in our format and in the peer's."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.peer_gguf import write_gguf
+from mixbit.engine.demo import demo_gguf, ensure_demo
+from mixbit.engine.synth import SynthOptions, sizes_of, synthesize
+
+LIKE = "qwen3-coder-next"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A checkpoint directory and the peer's file. temporary: large, and made again in a minute."""
+
+    ours: Path
+    gguf: Path
+    temporary: bool
+
+    def warm(self) -> None:
+        """Read every file once, so that both sides find them in the page cache."""
+        for file in (*self.ours.glob("*.safetensors"), self.gguf):
+            with file.open("rb") as stream:
+                while stream.read(1 << 24):
+                    pass
+
+    def delete(self) -> None:
+        """Free the disk."""
+        shutil.rmtree(self.ours, ignore_errors=True)
+        self.gguf.unlink(missing_ok=True)
+
+
+def smollm2(cache: Path) -> Pair:
+    """SmolLM2-135M-Instruct: the demo model, and the GGUF it was converted from."""
+    gguf = cache / "smollm2.gguf"
+    if not gguf.exists():
+        with demo_gguf(_say) as source:
+            _whole(gguf, lambda path: shutil.copyfile(source, path))
+    return Pair(ensure_demo(_say), gguf, temporary=False)
+
+
+def qwen3_next(cache: Path, layers: int) -> Pair:
+    """Qwen3-Coder-Next's real sizes with random weights: 4 bits in groups of 64 with 8-bit gates; Q4_0."""
+    name = f"{LIKE}-{layers}-layers"
+    ours, gguf = cache / name, cache / f"{name}.gguf"
+    if not ours.exists():
+        synthesize(LIKE, ours, SynthOptions(layers=layers), progress=_say)
+    if not gguf.exists():
+        _say(f"writing {gguf.name}", 0, 1)
+        _whole(gguf, lambda path: write_gguf(path, sizes_of(LIKE, layers)))
+    return Pair(ours, gguf, temporary=True)
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Make a file by `write`, complete or not at all."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    subprocess.run(["sync", str(part)], check=False)  # writing it back later would disturb the measurements
+    part.rename(path)
+
+
+def _say(stage: str, done: int, total: int) -> None:
+    if done == 0:
+        print(f"{stage} ...", file=sys.stderr, flush=True)
