@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Collection
@@ -13,6 +14,8 @@ from mixbit.engine.protocol import ErrorCode, Generate, Sampling
 from mixbit.engine.request import Request, prompt_stops
 from mixbit.engine.sampling import Sampler
 from mixbit.engine.tokenizer import Tokenizer
+
+log = logging.getLogger("mixbit.engine")
 
 
 class RefusedError(Exception):
@@ -52,6 +55,17 @@ class Admission:
         self._limits = limits
         self._inside: dict[str, Generation | None] = {}  # None while it is prepared
         self._lock = threading.Lock()
+
+    def prepare(self) -> None:
+        """Get ready for the first grammar, in a thread: it would hold up what runs when it comes."""
+
+        def work() -> None:
+            try:
+                self._grammars.prepare()
+            except Exception:
+                log.exception("grammars cannot be used with this tokenizer")
+
+        threading.Thread(target=work, name="vocabulary", daemon=True).start()
 
     def admit(self, message: Generate) -> Generation:
         """The request, ready to run; it counts until `end` or `abort`. Raises RefusedError."""

@@ -73,10 +73,7 @@ class Constraint:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer. vocab_size: width of the model's logits. Thread-safe.
-
-    Nothing is done until the first grammar comes.
-    """
+    """Compiles grammars for one tokenizer. vocab_size: width of the model's logits. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
@@ -85,6 +82,11 @@ class GrammarCompiler:
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[bytes, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
+
+    def prepare(self) -> None:
+        """Do what all grammars need, which holds Python's lock for up to seconds: best while nothing runs."""
+        with self._lock:
+            self._tokens()
 
     def compile(self, grammar: Grammar) -> Constraint:
         """A constraint at its start. Raises GrammarError, which names the field at fault."""

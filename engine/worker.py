@@ -203,6 +203,7 @@ def main(arguments: list[str]) -> int:
     built = _load(config, inbox, connection)
     inbox.open(built.core.admission)
     connection.send([built.ready])
+    built.core.admission.prepare()
     serve(built.core, inbox, connection)
     connection.flush(_FLUSH_SECONDS)
     built.core.close(_FLUSH_SECONDS)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixbit.engine import constraint
 from mixbit.engine.admission import RefusedError
 from mixbit.engine.constraint import Constraint, ConstraintError, GrammarCompiler, GrammarError
 from mixbit.engine.core import EngineCore
@@ -72,6 +73,14 @@ def test_several_grammars_and_free_text_in_one_batch() -> None:
     assert text_of(said, "a").isdigit()
     assert text_of(said, "b") == text_of(run(core_of(script), message("b")), "b")
     assert text_of(said, "c") in {"yes", "no"}
+
+
+def test_after_preparation_the_vocabulary_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size)
+    compiler.prepare()
+    monkeypatch.setattr(constraint, "LLTokenizer", None)
+    compiler.prepare()
+    assert compiler.compile(pattern("[ab]")).allowed().any()
 
 
 def test_a_finished_grammar_ends_the_request_and_the_end_token_is_permitted_where_it_may_end() -> None:
