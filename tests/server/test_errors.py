@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -137,6 +138,31 @@ async def _refused(path: str, body: dict[str, Any], name: str) -> None:
     error = error_of(response)
     assert (error["param"] or "").split("[")[0].split(".")[0] == name, error
     assert error["type"] == "invalid_request_error"
+    assert not engine.requests
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../etc/passwd", "/etc/passwd", "org/../tiny", "./tiny", "tiny/", "TINY", "tiny\x00", "", "~", "x" * 5000],
+)
+async def test_model_ids_are_names_and_never_paths(name: str) -> None:
+    engine = FakeEngine()
+    bodies: dict[str, dict[str, Any]] = {
+        CHAT: {"messages": HELLO},
+        TEXT: {"prompt": "x"},
+        "/v1/responses": {"input": "x"},
+        "/v1/embeddings": {"input": "x"},
+        "/infill": {"input_prefix": "x"},
+        "/v1/messages": {"messages": HELLO, "max_tokens": 5},
+        "/v1/messages/count_tokens": {"messages": HELLO},
+    }
+    for path, body in bodies.items():
+        response = await send("POST", path, engine, json={**body, "model": name})
+        assert response.status_code == 404, path
+        assert len(response.text) < 500
+    if name:
+        response = await send("GET", f"/v1/models/{quote(name, safe='')}", engine)
+        assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
     assert not engine.requests
 
 

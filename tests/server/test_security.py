@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 from dataclasses import replace
 from typing import Any
@@ -81,6 +82,22 @@ async def test_keys(header: str | None, status: int) -> None:
             assert error["code"] == "invalid_api_key"
             assert "sesam" not in response.text
             assert response.headers["www-authenticate"] == "Bearer"
+
+
+async def test_a_key_is_compared_with_every_known_one_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return one == other
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    access = Access(keys=("first", "second", "third"))
+    for key, status in (("first", 200), ("second", 200), ("third", 200), ("other", 401), ("firs", 401)):
+        response = await send(access, "GET", "/v1/models", headers={"authorization": f"Bearer {key}"})
+        assert (response.status_code, len(compared)) == (status, 3)
+        assert {len(each) for pair in compared for each in pair} == {32}  # digests: the length of keys is not seen
+        compared.clear()
 
 
 @pytest.mark.parametrize(("key", "status"), [("sesame", 200), (" sesame ", 200), ("wrong", 401), ("", 401)])
