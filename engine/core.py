@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mixbit.engine.admission import Admission, Generation
 from mixbit.engine.detokenizer import Piece
+from mixbit.engine.disk_restore import Restore
 from mixbit.engine.disk_tier import DiskTier
 from mixbit.engine.pace import Pace
 from mixbit.engine.protocol import Delta, Failed, Finished, FinishReason, FromWorker, Stats, Usage
@@ -26,6 +27,8 @@ Step = Callable[[Sequence[Chunk], list[Move]], npt.NDArray[np.float32]]
 # that worked, is the device's: the worker gives up, and a new one may do better.
 _FAILURES_IN_A_ROW = 3
 _DISK_SECONDS = 0.02  # until the thread that writes may have room again
+_ARRIVAL_SECONDS = 0.02  # for what comes from the disk, while nothing runs
+_BESIDE_SECONDS = 0.002  # and between steps of what does
 
 
 class EngineCore:
@@ -42,21 +45,23 @@ class EngineCore:
         self._disk = disk
         self._pace = Pace(scheduler.step_tokens)
         self._generations: dict[str, Generation] = {}
+        self._arriving: dict[Restore, list[Generation]] = {}  # wait for their prefixes from the disk
         self._failures = 0
         self._steps = 0
         self._leaks = 0
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to compute."""
-        return self.scheduler.idle
+        """Whether there is nothing to do."""
+        return self.scheduler.idle and not self._arriving
 
     def add(self, generation: Generation) -> None:
-        """Queue an admitted request."""
+        """Queue an admitted request, once what the disk has of its prompt is in memory."""
         self._generations[generation.request.request_id] = generation
-        if self._disk is not None:
-            self._disk.restore(generation.request.tokens)
-        self.scheduler.add(generation.request)
+        if self._disk is not None and (restore := self._disk.restore(generation.request.tokens)) is not None:
+            self._arriving.setdefault(restore, []).append(generation)
+        else:
+            self.scheduler.add(generation.request)
 
     def tidy(self) -> float | None:
         """Write behind while nothing runs; the seconds until there is more to do, None if there is not."""
@@ -80,7 +85,15 @@ class EngineCore:
         A request whose own step raises, or whose logits are not finite, fails alone. Raises what the step
         raised if steps keep failing.
         """
+        self._arrive()
+        if self.scheduler.idle:
+            return []
         chunks = self.scheduler.plan(self._pace.limit)
+        if not chunks:  # what has come from the disk holds the memory that others need
+            for restore in list(self._arriving):
+                restore.close()
+                self._queue(restore)
+            return []
         start = time.perf_counter()
         self._steps += 1
         try:
@@ -105,7 +118,7 @@ class EngineCore:
     def stats(self) -> Stats:
         """What is held and has been done. Looks for leaks when idle."""
         scheduler = self.scheduler
-        if scheduler.idle:
+        if self.idle:
             try:
                 scheduler.check_idle()
             except RuntimeError:
@@ -113,13 +126,25 @@ class EngineCore:
                 self._leaks += 1
         return Stats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + sum(map(len, self._arriving.values())),
             blocks_used=scheduler.blocks_used,
             blocks_cached=scheduler.blocks_cached,
             steps=self._steps,
             preemptions=scheduler.preemptions,
             leaks=self._leaks,
         )
+
+    def _arrive(self) -> None:
+        """Take in what has come from the disk; queue the requests that have waited for it."""
+        alone = self.scheduler.idle
+        for restore in list(self._arriving):
+            if restore.advance(_ARRIVAL_SECONDS if alone else _BESIDE_SECONDS, waiting=alone):
+                self._queue(restore)
+                alone = False
+
+    def _queue(self, restore: Restore) -> None:
+        for generation in self._arriving.pop(restore):
+            self.scheduler.add(generation.request)
 
     def _sample(self, generation: Generation, logits: npt.NDArray[np.float32]) -> list[FromWorker]:
         try:
@@ -174,9 +199,21 @@ class EngineCore:
 
     def _end(self, generation: Generation, *, faulty: bool = False) -> None:
         request = generation.request
-        self.scheduler.finish(request, faulty=faulty)
+        if not self._forget_arrival(generation):
+            self.scheduler.finish(request, faulty=faulty)
         del self._generations[request.request_id]
         self.admission.end(generation)
+
+    def _forget_arrival(self, generation: Generation) -> bool:
+        """End the wait of a request that the scheduler does not know yet; false if it does."""
+        for restore, waiting in self._arriving.items():
+            if generation in waiting:
+                waiting.remove(generation)
+                if not waiting:
+                    del self._arriving[restore]
+                    restore.close()
+                return True
+        return False
 
 
 def _deltas(request: Request, piece: Piece) -> list[FromWorker]:

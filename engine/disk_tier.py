@@ -11,13 +11,12 @@ import hashlib
 import logging
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 from mixbit.engine.config import EngineConfig
+from mixbit.engine.disk_restore import Device, Restore
 from mixbit.engine.disk_store import DiskStore
 from mixbit.engine.prefix_cache import Checkpoint, Node, PrefixCache
 from mixbit.engine.runner import Runner
@@ -26,7 +25,6 @@ from mixbit.engine.scheduler import Scheduler
 log = logging.getLogger("mixbit.engine")
 
 _READERS = 4
-_READ_AHEAD = 32  # entries
 _EXPORTS = 4  # entries taken from the device between two steps
 
 
@@ -43,36 +41,28 @@ class DiskTier:
         self._cache.inserted = self._new
         self._root = bytes.fromhex(fingerprint)
         self._positions = {int(name.split("-")[1]) for name in store.names() if name.startswith("s-")}
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="disk cache reader")
+        readers = ThreadPoolExecutor(_READERS, thread_name_prefix="disk cache reader")
+        self._device = Device(store, scheduler, runner, readers)
+        self._restores: dict[str, Restore] = {}  # by the name of the last entry
 
     # --- from the disk ---
 
-    def restore(self, tokens: Sequence[int]) -> None:
-        """Bring what the disk has of a prompt, beyond what memory has, into the cache."""
+    def restore(self, tokens: Sequence[int]) -> Restore | None:
+        """What the disk has of a prompt beyond what memory has, now on its way; None if that is nothing.
+
+        The same prefix is read once for all that ask while it is on its way.
+        """
         size, limit = self._cache.block_size, len(tokens) - 1
-        keys = self._chain(tokens)
-        length, names = self._known(tokens, keys, limit)
+        length, names = self._known(tokens, self._chain(tokens), limit)
         if length < self._cache.match(tokens, limit).length + size:
-            return
-        self._runner.make(self._scheduler.moves)  # before blocks and slots that they touch are used anew
-        state = None
-        if self._cache.recurrent:
-            name = names.pop()
-            if (state := self._store.read(name)) is None:
-                return
-        node = self._cache.root
-        while (node.depth + 1) * size <= length:
-            child = node.children.get(tuple(tokens[node.depth * size : (node.depth + 1) * size]))
-            if child is None:
-                break
-            node = child
-        self._cache.acquire(node)
-        try:
-            node = self._load(tokens, names[node.depth :], node, length)
-            if state is not None:
-                self._load_state(node, tokens, length, state)
-        finally:
-            self._cache.release(node)
+            return None
+        found = self._restores.get(names[-1])
+        if found is None or found.closed:
+            state = names.pop() if self._cache.recurrent else None
+            found = Restore(self._device, tokens, length, names, state)
+            self._restores = {name: each for name, each in self._restores.items() if not each.closed}
+            self._restores[state or names[-1]] = found
+        return found
 
     def _known(self, tokens: Sequence[int], keys: list[bytes], limit: int) -> tuple[int, list[str]]:
         """The longest usable prefix on disk: its length, and the names of its entries (the state's the last)."""
@@ -90,51 +80,6 @@ class DiskTier:
             if full <= whole and all(name in store for name in (_state(position, key), *part)):
                 return position, [*blocks[:full], *part, _state(position, key)]
         return 0, []
-
-    def _load(self, tokens: Sequence[int], names: list[str], node: Node, length: int) -> Node:
-        """Read blocks and put them below an acquired node, until one is missing; the last full one, acquired."""
-        cache, size = self._cache, self._cache.block_size
-        for name, data in self._read(names):
-            piece = tuple(tokens[node.depth * size : min((node.depth + 1) * size, length)])
-            if data is None or cache.available <= len(self._scheduler.running):
-                break
-            (block,) = cache.take_blocks(1)
-            try:
-                self._runner.executor.import_block(block, np.frombuffer(data, np.uint8))
-            except Exception:  # whatever is wrong with an entry, its tokens can be computed
-                log.exception("an entry of the disk cache cannot be used: %s", name)
-                cache.blocks.give_back([block])
-                self._store.delete(name)
-                break
-            if len(piece) == size:
-                node = cache.extend(node, piece, block, {})
-                node.saved = True
-            else:
-                cache.leave(node, piece, block, {})
-        return node
-
-    def _read(self, names: list[str]) -> Iterator[tuple[str, memoryview | None]]:
-        """The entries in order, read by several threads, some ahead."""
-        for start in range(0, len(names), _READ_AHEAD):
-            part = names[start : start + _READ_AHEAD]
-            yield from zip(part, self._readers.map(self._store.read, part), strict=True)
-
-    def _load_state(self, node: Node, tokens: Sequence[int], length: int, state: memoryview) -> None:
-        size = self._cache.block_size
-        rest = tuple(tokens[node.depth * size : length])
-        end = next((child for child in node.children.values() if child.tokens[: len(rest)] == rest), None)
-        end = end if rest else node
-        if end is None or (slot := self._cache.take_slot(lasting=True)) is None:
-            return
-        try:
-            self._runner.executor.import_state(slot, np.frombuffer(state, np.uint8))
-        except Exception:
-            log.exception("a state from the disk cache cannot be used")
-            self._cache.slots.give_back([slot])
-            return
-        home: dict[int, Checkpoint] = {}
-        self._cache.keep(slot, length, home, lasting=True).saved = True
-        self._cache.adopt(end, home)
 
     # --- to the disk ---
 

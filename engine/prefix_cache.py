@@ -103,9 +103,10 @@ class PrefixCache:
 
     # --- lookup ---
 
-    def match(self, tokens: Sequence[int], limit: int) -> Match:
-        """The longest usable prefix of `tokens`, at most `limit` of them."""
-        node, start, size = self.root, 0, self.block_size
+    def match(self, tokens: Sequence[int], limit: int, known: Node | None = None) -> Match:
+        """The longest usable prefix of `tokens`, at most `limit` of them. known: a node on their path, to begin at."""
+        node, size = known or self.root, self.block_size
+        start = node.depth * size
         best = Match(0, self.root)
         while start < limit:
             piece = tuple(tokens[start : min(start + size, limit)])

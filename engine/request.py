@@ -34,6 +34,8 @@ class Request:
     checkpoints: dict[int, Checkpoint] = field(default_factory=dict)  # within the block that is being filled
     slot: int = -1  # of the recurrent state; -1 while not running
     isolate_until: int = 0  # runs alone while fewer tokens than this are computed
+    leader: Request | None = None  # an older one that computes the same; this one waits
+    shared: int = 0  # tokens that the leader will have computed for both
     ended: bool = False
 
     @property

@@ -10,6 +10,9 @@ admission, and one more whenever its output fills the last; each block it has fi
 cache, where others find it. When neither free nor cached blocks are left, the youngest running request gives
 up all it holds, to the cache as far as computed, and waits at the head of the queue, to go on later as if
 nothing had happened.
+
+What two prompts begin with is computed once, also when both arrive together: while an older request, the
+leader, computes what a younger one needs too, that one waits, and goes on from there.
 """
 
 from __future__ import annotations
@@ -80,7 +83,7 @@ class Scheduler:
                 f"capacity {self.capacity}"
             )
         request.arrival = self._arrivals
-        request.cached_tokens = request.prompt_tokens  # at most: admission tells
+        request.cached_tokens = request.prompt_tokens  # until the first chunk shows where computing began
         self._arrivals += 1
         self.waiting.append(request)
 
@@ -111,11 +114,14 @@ class Scheduler:
         for request in self.running:
             if request.computed < request.isolate_until:
                 return [self._chunk(request, min(self._reach(request), self.step_tokens))]
+        for request in self.running:
+            if request.leader is not None:
+                self._follow(request)
         decodes = sum(request.pending == 1 for request in self.running)
         budget = self.step_tokens - decodes
         if decodes and prefill_limit is not None:
             budget = min(budget, prefill_limit(decodes))
-        prefills = [request for request in self.running if request.pending > 1]
+        prefills = [request for request in self.running if request.pending > 1 and request.leader is None]
         shares: dict[int, int] = {}
         for request in prefills:
             shares[request.arrival] = min(self._reach(request), (budget + 1) // 2)
@@ -124,12 +130,13 @@ class Scheduler:
             more = min(self._reach(request) - shares[request.arrival], budget)
             shares[request.arrival] += more
             budget -= more
-        counts = ((request, shares.get(request.arrival, 1)) for request in self.running)
+        counts = ((each, shares.get(each.arrival, 1)) for each in self.running if each.leader is None)
         return [self._chunk(request, count) for request, count in counts if count]
 
     def advance(self, chunk: Chunk) -> None:
         """Note that a chunk has been computed: full blocks pass to the cache, with the states to be kept."""
         request = chunk.request
+        request.cached_tokens = min(request.cached_tokens, chunk.start)
         request.computed = chunk.start + chunk.count
         lasting = request.computed in request.stops
         if self.cache.recurrent and (lasting or chunk.count > 1):
@@ -191,6 +198,7 @@ class Scheduler:
             if not self._begin(request, self.cache.match(request.tokens, len(request.tokens) - 1)):
                 return
             self.waiting.popleft()
+            self._find_leader(request)
             self.running.append(request)
 
     def _begin(self, request: Request, match: Match) -> bool:
@@ -206,24 +214,80 @@ class Scheduler:
         if not enough:
             cache.release(match.node)
             return False
-        request.node, request.computed = match.node, match.length
         request.blocks.extend([*shared, *taken])
-        if match.source is not None:
-            self.moves.append(CopyBlock(match.source.block, taken[0]))
         if match.checkpoint is not None:
             cache.touch(match.checkpoint)
         slot = cache.take_slot(lasting=True)
         assert slot is not None, "there is a slot for each running request"
         request.slot = slot
-        if match.checkpoint is not None and match.checkpoint.slot != slot:
-            self.moves.append(CopyState(match.checkpoint.slot, slot))
-        request.cached_tokens = min(request.cached_tokens, match.length)
+        self._go_on(request, match)
         return True
+
+    def _go_on(self, request: Request, match: Match) -> None:
+        """Continue from a prefix whose node is acquired, with blocks and slot that the request has."""
+        request.node, request.computed = match.node, match.length
+        if match.source is not None:
+            self.moves.append(CopyBlock(match.source.block, request.blocks[match.node.depth]))
+        if match.checkpoint is not None and match.checkpoint.slot != request.slot:
+            self.moves.append(CopyState(match.checkpoint.slot, request.slot))
+
+    def _find_leader(self, request: Request) -> None:
+        """The older request that computes most of what this one lacks, if there is one."""
+        size = self.block_size
+        request.leader, request.shared = None, request.computed
+        for other in self.running:
+            if other is request:
+                return
+            limit = min(len(request.tokens) - 1, len(other.tokens))
+            shared = 0
+            while shared + size <= limit and (
+                request.tokens[shared : shared + size] == other.tokens[shared : shared + size]
+            ):
+                shared += size
+            if other.pending > 1 and shared > max(request.shared, other.computed) and self._leaves(other, shared):
+                request.leader, request.shared = other, shared
+
+    def _leaves(self, leader: Request, shared: int) -> bool:
+        """Whether a prefill will leave behind what others can go on from before it has computed `shared` tokens."""
+        if not self.cache.recurrent:
+            return True
+        return self.cache.slots.size > self.max_running and (
+            shared - leader.computed >= self.step_tokens
+            or any(leader.computed < stop <= shared for stop in leader.stops)
+        )
+
+    def _follow(self, request: Request) -> None:
+        """Go on from what the leader has computed; once that is all, or the leader has gone, follow no more."""
+        self._catch_up(request)
+        leader = request.leader
+        assert leader is not None
+        if leader.slot < 0:
+            self._find_leader(request)
+        elif max(leader.computed, request.computed) >= request.shared:
+            request.leader = None
+
+    def _catch_up(self, request: Request) -> None:
+        """Exchange blocks that are still to be computed for those of the cache that by now say the same."""
+        cache, before = self.cache, request.node
+        assert before is not None
+        match = cache.match(request.tokens, len(request.tokens) - 1, before)
+        if match.length <= request.computed:
+            return
+        path = cache.acquire(match.node)
+        cache.release(before)
+        if match.node is not before:
+            for checkpoint in list(request.checkpoints.values()):
+                cache.drop(checkpoint)
+        cache.blocks.give_back(request.blocks[before.depth : match.node.depth])
+        request.blocks[: match.node.depth] = array("i", path)
+        if match.checkpoint is not None:
+            cache.touch(match.checkpoint)
+        self._go_on(request, match)
 
     def _preempt_youngest(self, *, keep: bool) -> None:
         request = self.running.pop()
         self._release(request, keep=keep)
-        request.computed = 0
+        request.computed, request.leader = 0, None
         self.waiting.appendleft(request)
         self.preemptions += 1
 

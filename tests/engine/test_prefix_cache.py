@@ -99,6 +99,54 @@ def test_concurrent_requests_end_up_sharing_blocks() -> None:
     twin.scheduler.check_idle()
 
 
+@pytest.mark.parametrize("spare", [None, 40])
+def test_what_prompts_that_arrive_together_share_is_computed_once(spare: int | None) -> None:
+    twin = Twin(scheduler(blocks=400, block_size=4, max_running=4, step_tokens=16, spare=spare))
+    system = [*range(100, 179), END]
+    requests = [prompt(name, [*system, number, number, number]) for number, name in enumerate("abcd")]
+    for each in requests:
+        twin.scheduler.add(each)
+    computed = 0
+    while not twin.scheduler.idle:
+        computed += sum(chunk.count for chunk in twin.step())
+    assert [each.cached_tokens for each in requests] == [0, 80, 80, 80]
+    assert computed == 80 + 4 * (3 + 1)
+    twin.scheduler.check_idle()
+
+
+def test_the_same_prompt_many_times_at_once_is_computed_once_but_for_its_last_block() -> None:
+    twin = Twin(scheduler(blocks=100, block_size=4, max_running=8, step_tokens=32))
+    requests = [prompt(str(number), list(range(50))) for number in range(8)]
+    for each in requests:
+        twin.scheduler.add(each)
+    twin.run()
+    assert [each.cached_tokens for each in requests] == [0] + [48] * 7
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_those_who_wait_go_on_when_their_leader_is_gone(fault: bool) -> None:
+    twin = Twin(scheduler(blocks=100, block_size=4, max_running=8, step_tokens=16))
+    requests = [prompt(str(number), list(range(50))) for number in range(3)]
+    for each in requests:
+        twin.scheduler.add(each)
+    twin.step()
+    twin.scheduler.finish(requests[0], faulty=fault)
+    twin.run()
+    assert [each.cached_tokens for each in requests[1:]] == ([0, 48] if fault else [16, 48])
+    twin.scheduler.check_idle()
+
+
+def test_a_prompt_that_shares_little_with_a_long_one_waits_for_that_alone() -> None:
+    twin = Twin(scheduler(blocks=200, block_size=4, step_tokens=16))
+    long, short = prompt("long", list(range(300))), prompt("short", [*range(8), 7, 7], 1)
+    twin.scheduler.add(long)
+    twin.scheduler.add(short)
+    twin.step()
+    assert twin.step()[-1].request is short
+    assert twin.finished == [short]
+    assert short.cached_tokens == 8
+
+
 def test_the_least_recently_used_prefix_goes_first_and_use_refreshes() -> None:
     twin = Twin(scheduler(blocks=8, block_size=4))
     a, b, c = ([start] * 11 for start in (1, 2, 3))

@@ -36,10 +36,11 @@ class Twin:
         self.computed: dict[Request, int] = {}  # the first prompt token that was ever computed for it
         self._match, scheduler.cache.match = scheduler.cache.match, self.match  # type: ignore[method-assign]
 
-    def match(self, tokens: Sequence[int], limit: int) -> Match:
+    def match(self, tokens: Sequence[int], limit: int, known: Node | None = None) -> Match:
         """The cache's answer, compared with a search through all it holds."""
-        found = self._match(tokens, limit)
-        assert found.length == usable(self.scheduler.cache, tokens, limit)
+        found = self._match(tokens, limit, known)
+        best = usable(self.scheduler.cache, tokens, limit)
+        assert found.length == best or (known is not None and best <= known.depth * self.scheduler.block_size)
         return found
 
     def step(self, *, fail: bool = False) -> list[Chunk]:
@@ -118,6 +119,11 @@ class Twin:
         else:
             decoding = {entry.arrival for entry in scheduler.running if entry.pending == 1}
             assert decoding <= set(arrivals), "a request that decodes was left out of a step"
+            for entry in scheduler.running:
+                if (leader := entry.leader) is not None:
+                    assert leader in scheduler.running, "a request that waits for one that does not run"
+                    assert leader.arrival < entry.arrival
+                    assert max(entry.computed, leader.computed) < entry.shared, "a request that waits for nothing"
         for chunk in plan:
             assert chunk.start == chunk.request.computed
             assert 0 < chunk.count <= chunk.request.pending
