@@ -24,11 +24,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.floors import measure, step_cost
+from bench.floors import measure
 from bench.models import Pair, qwen3_next, smollm2
 from bench.sides import Asked, Side, SideError, served
 from mixbit.engine.demo import cache_directory
 from mixbit.engine.loader import load
+from mixbit.engine.step_cost import step_cost
 from mixbit.kernels.executor import ExecutorOptions
 
 # Both ways to compute, where the engine has them.
@@ -177,7 +178,7 @@ class Bench:
             tokens, steps = (work.tokens, 1) if work.do == "prefill" else (1, work.tokens)
             cost = step_cost(program, work.sequences, tokens, work.context + steps // 2, facts["kv_token_bytes"])
             exact = MODES[0] == "exact"
-            result.floor = work.sequences * tokens / cost.seconds(self.machine, exact=exact)
+            result.floor = work.sequences * tokens / self.machine.floor(cost, exact=exact)
             yield result
         self.facts |= {"weights": facts["weights"], "kv_token_bytes": facts["kv_token_bytes"]}
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from mixbit.engine.errors import UserError
 
-COMMANDS = ("serve", "generate", "inspect", "convert", "synth", "download", "doctor", "cache")
+COMMANDS = ("serve", "generate", "inspect", "convert", "synth", "bench", "download", "doctor", "cache")
 
 _EXAMPLES = """examples:
   mixbit serve                                              the demo model on http://127.0.0.1:8080

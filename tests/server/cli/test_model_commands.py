@@ -19,7 +19,7 @@ from tests.engine.fake_hub import fake_hub
 from tests.engine.gguf_models import TinyGguf
 
 Output = pytest.CaptureFixture[str]
-COMMANDS = ["convert", "synth", "inspect", "download", "doctor"]
+COMMANDS = ["convert", "synth", "bench", "inspect", "download", "doctor"]
 
 
 def widths(path: Path) -> dict[str, int | None]:
