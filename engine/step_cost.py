@@ -53,10 +53,10 @@ def step_cost(program: Program, sequences: int, tokens: int, context: int, kv_to
             case GatedDelta():
                 delta = node.spec
                 operations += rows[Rows.TOKENS] * 7 * delta.value_heads * delta.value_dim * delta.key_dim
-        for matrix, part, count in uses:
+        for matrix, part, applied in uses:
             moved += 0 if matrix.name in seen else matrix.nbytes * part
             seen.add(matrix.name)
-            matrix_operations += 2 * count * matrix.out_dim * matrix.in_dim * (matrix.experts or 1)
+            matrix_operations += 2 * applied * matrix.out_dim * matrix.in_dim * (matrix.experts or 1)
     return Cost(moved, matrix_operations, operations)
 
 
