@@ -12,18 +12,17 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import mlx.core as mx
 import numpy as np
 
-from bench.gpu_weights import RandomWeights, program, random_matrix
+from bench.gpu_cases import cases, outputs
+from bench.gpu_shapes import program
+from bench.gpu_weights import RandomWeights, random_matrix
 from mixbit.kernels import ops
 from mixbit.kernels.executor import Batch, CacheConfig, ExecutorOptions
 from mixbit.kernels.mlx import executor as executors
@@ -36,25 +35,24 @@ from mixbit.kernels.mlx.custom.table import custom_table
 from mixbit.kernels.mlx.stock import STOCK
 from mixbit.kernels.mlx.weights import QuantizedWeight
 from mixbit.kernels.reference.backend import ReferenceBackend
-from mixbit.kernels.spec import BITS, BatchMatvecSpec
 
 # --- parity ---
 
 
 def parity(launcher: Launcher, device: mx.DeviceType) -> None:
     """Print the largest error of each case, relative to the largest value wanted."""
-    from tests.kernels.builders import CACHE, Sequences
+    from tests.kernels.builders import CACHE
 
     limits = {"float32": 2e-4, "bfloat16": 1.5e-1}
     wrong = 0
-    for name, (graph, sizes) in _cases().items():
-        want = _outputs(ReferenceBackend().compile(graph, CACHE, ExecutorOptions(max_tokens=64)), Sequences, sizes)
+    for name, (graph, sizes) in cases().items():
+        want = outputs(ReferenceBackend().compile(graph, CACHE, ExecutorOptions(max_tokens=64)), sizes)
         shown = []
         for dtype, limit in limits.items():
             for label, table in (("stock", STOCK), ("custom", custom_table(launcher))):
                 options = ExecutorOptions(max_tokens=64, dtype=dtype)  # type: ignore[arg-type]
                 try:
-                    got = _outputs(executors.MlxExecutor(graph, CACHE, options, device, table), Sequences, sizes)
+                    got = outputs(executors.MlxExecutor(graph, CACHE, options, device, table), sizes)
                     error = float(np.abs(got - want).max() / np.abs(want).max())
                 except (RuntimeError, ValueError) as failure:  # a kernel that does not compile must not end the rest
                     print(f"{name}, {dtype} {label}: {str(failure)[:1500]}", flush=True)
@@ -64,56 +62,6 @@ def parity(launcher: Launcher, device: mx.DeviceType) -> None:
                 shown.append(f"{dtype} {label} {error:.1e}{' WRONG' if bad else ''}")
         print(f"{name:44s} {'; '.join(shown)}", flush=True)
     print(f"parity: {wrong} wrong")
-
-
-def _cases() -> dict[str, tuple[ops.Program, list[int]]]:
-    """Programs of the tests of the op table, and how many tokens to feed at once."""
-    try:
-        from mixbit.kernels.cpu import _cpu  # noqa: F401
-    except ImportError:  # a GPU machine where only MLX is installed: the tests want the native module's name
-        sys.modules["mixbit.kernels.cpu._cpu"] = MagicMock()
-    from tests.kernels import test_attention, test_gated_delta
-    from tests.kernels.builders import Tensors, program_of
-
-    t, made = Tensors(7), {}
-    for rows in (1, 5, 8):
-        specs = [BatchMatvecSpec(t.quantized(70, 576, bits=bits, group_size=64)) for bits in BITS]
-        made[f"matvec of all widths, add and norm, {rows} tokens"] = (_sum(t.values(rows, 576), specs, t), [rows])
-    for bits in (3, 4, 8):  # few: each is compiled here, and the host runs them all
-        spec = t.moe(dim=128, hidden=96, experts=40, top_k=6, bits=bits)
-        for rows in (1, 9):
-            graph = program_of(t.values(rows, 128), partial(_moe, spec))
-            made[f"moe, {bits} bits, {rows} tokens"] = (graph, [rows])
-    for name in test_gated_delta.SHAPES:
-        made[f"gated delta, {name}"] = (test_gated_delta.layer(name), [5, 1, 1, 1])
-    for name in ("plain", "partial-rope", "normed", "gated"):
-        made[f"attention, {name}"] = (test_attention.layer(test_attention.SHAPES[name]), [5, 1, 1, 1])
-    return made
-
-
-def _moe(spec: ops.MoeSpec, builder: ops.ProgramBuilder, value: ops.Value) -> ops.Value:
-    return builder.moe(value, spec)
-
-
-def _sum(x: Any, specs: list[BatchMatvecSpec], tensors: Any) -> ops.Program:
-    """The norm of the sum of all outputs of a batch."""
-    from tests.kernels.builders import feed
-
-    builder, value = feed(x)
-    total, *rest = builder.batch_matvec(value, *specs)
-    for out in rest:
-        total, normed = builder.add_norm(total, out, tensors.norm(total.dim))
-    return builder.build(builder.select_rows(normed))
-
-
-def _outputs(executor: Any, sequences: Any, sizes: list[int]) -> Any:
-    from tests.kernels.builders import CACHE
-
-    made, outs, start = sequences(CACHE, count=1), [], 0
-    for size in sizes:
-        outs.append(executor.run(made.step({0: range(start, start + size)})))
-        start += size
-    return np.concatenate(outs)
 
 
 # --- single operations ---

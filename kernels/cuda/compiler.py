@@ -105,7 +105,14 @@ class Compiler:
 
 
 # Not --use_fast_math: its sine of a large angle is wrong.
-_OPTIONS = ("--std=c++17", "--ftz=true", "--prec-div=false", "--prec-sqrt=false", "--device-as-default-execution-space")
+_OPTIONS = (
+    "--std=c++17",
+    "--ftz=true",
+    "--prec-div=false",
+    "--prec-sqrt=false",
+    "--device-as-default-execution-space",
+    "-diag-suppress=177",  # what is declared and not used: headers serve many kernels
+)
 
 
 def compile_text(text: str, name: str, arch: str) -> bytes:
@@ -141,3 +148,13 @@ def _nvrtc(name: str, *arguments: Any) -> Any:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise BackendError(f"{name} failed: {nvrtc.nvrtcGetErrorString(status)[1].decode()}")
     return results[0] if len(results) == 1 else tuple(results) or None
+
+
+def unavailable() -> str | None:
+    """None if kernels can be compiled, else what is missing."""
+    try:
+        _nvrtc_version()
+        include_directories()
+    except (BackendError, ImportError, RuntimeError) as error:  # RuntimeError: there is no libnvrtc
+        return str(error)
+    return None

@@ -103,7 +103,7 @@ class Buffer:
         self.device, self.nbytes = device, nbytes
         self._pointer = _call("cuMemAlloc", max(nbytes, 16))
         self.address = int(self._pointer)
-        weakref.finalize(self, _free, self._pointer)
+        weakref.finalize(self, _free, self._pointer).atexit = False
 
     def view(self, offset: int, nbytes: int) -> View:
         """The bytes from `offset`."""
@@ -223,6 +223,7 @@ class Device:
         self._context = _call("cuDevicePrimaryCtxRetain", self._device)
         self.make_current()
         self.stream = _call("cuStreamCreate", 1)  # CU_STREAM_NON_BLOCKING
+        self._pinned: dict[int, list[int]] = {}
         self._events = [_call("cuEventCreate", 0) for _ in range(2)]
 
     def make_current(self) -> None:
@@ -274,6 +275,24 @@ class Device:
         """Enqueue, one after another."""
         for launch in launches:
             launch.enqueue(self.stream)
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """A host array that copies need not stage; its memory serves again when the last view of it is gone."""
+        nbytes = max(1, int(np.prod(shape))) * dtype.itemsize
+        size = 1 << (nbytes - 1).bit_length()
+        kept = self._pinned.setdefault(size, [])
+        address = kept.pop() if kept else int(_call("cuMemHostAlloc", size, 0))
+        memory = (ctypes.c_char * size).from_address(address)
+        weakref.finalize(memory, kept.append, address).atexit = False
+        return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
+
+    def send(self, target: Addressed, array: npt.NDArray[Any]) -> None:
+        """Enqueue a copy from a pinned array, which must not change before it is done."""
+        _call("cuMemcpyHtoDAsync", target.address, array.ctypes.data, array.nbytes, self.stream)
+
+    def fetch(self, array: npt.NDArray[Any], source: Addressed) -> None:
+        """Enqueue a copy to a pinned array."""
+        _call("cuMemcpyDtoHAsync", array.ctypes.data, source.address, array.nbytes, self.stream)
 
     def copy(self, target: Addressed, source: Addressed, nbytes: int) -> None:
         """Enqueue a copy within the device."""

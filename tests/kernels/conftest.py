@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from dataclasses import dataclass
 
@@ -9,12 +10,12 @@ import pytest
 
 from mixbit.kernels.cpu import _cpu
 from mixbit.kernels.cpu.backend import CpuBackend
+from mixbit.kernels.cuda.backend import CudaBackend
 from mixbit.kernels.executor import Backend, CacheConfig, Executor, ExecutorOptions
 from mixbit.kernels.mlx.backend import MlxBackend
 from mixbit.kernels.ops import Program
 from mixbit.kernels.reference.backend import ReferenceBackend
 from tests.kernels.builders import CACHE
-from tests.metal.backend import HostMetalBackend
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,14 @@ class Candidate:
 
 
 CANDIDATES = {f"cpu-{isa}": Candidate(CpuBackend(), isa) for isa in _cpu.supported_isas()}
-CANDIDATES["mlx-cpu"] = Candidate(MlxBackend("mlx-cpu"))
-if sys.platform == "linux":  # where the compiler that runs Metal's text is installed
-    CANDIDATES["metal-on-host"] = Candidate(HostMetalBackend())
+if importlib.util.find_spec("mlx") is not None:  # a GPU machine may do without
+    CANDIDATES["mlx-cpu"] = Candidate(MlxBackend("mlx-cpu"))
+    if sys.platform == "linux":  # where the compiler that runs Metal's text is installed
+        from tests.metal.backend import HostMetalBackend
+
+        CANDIDATES["metal-on-host"] = Candidate(HostMetalBackend())
+if CudaBackend().unavailable() is None:
+    CANDIDATES["cuda"] = Candidate(CudaBackend())
 REFERENCE = Candidate(ReferenceBackend())
 
 

@@ -1,0 +1,75 @@
+#include "slab.cuh"
+
+// out[row] = sum over the chosen experts of weight * (down h), WITH_SHARED plus the shared expert's, times
+// sigmoid(shared_logit) WITH_SHARED_LOGIT, WITH_RESIDUAL plus residual. Blocks: x counts rows of activations, y
+// sixteen rows of the matrices; each warp takes whole experts. TOP_K 0: only the shared one, a plain feed-forward.
+
+struct Operands {
+  const void *codes, *scales, *biases;
+};
+
+constexpr int THREADS = WARPS * 32, JOBS = TOP_K + SHARED_JOBS;
+
+// Several chunks of one expert go to several warps, so that each warp holds few groups at once.
+template <int BITS, int GROUP, int GROUPS, typename S, int IN>
+DEVICE void project(const Operands& m, ulong expert, const T* h, float weight, int part, int parts, int lane,
+                    float (*sums)[4]) {
+  constexpr int COUNT = GROUPS < 4 ? GROUPS : 4;
+  ulong at[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) at[r] = expert * OUT + min(blockIdx.y * 16 + lane / 4 + 8 * r, OUT - 1);
+#pragma unroll 2
+  for (int first = part * COUNT; first < GROUPS; first += parts * COUNT) {
+    Slab<BITS, GROUP, COUNT, S> slab;
+    slab.template load<GROUPS>(slab, m.codes, m.scales, m.biases, at, first, lane);
+    Activations<GROUP, 1> a[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      float values[GROUP / 4];
+      load_quarter<GROUP, IN>(h, first + i, lane < 4 && first + i < GROUPS, lane, values);
+      a[i].template put<BITS>(a[i], 0, values, lane);
+    }
+    slab.multiply(slab, a, sums, weight);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+experts_project(const T* hidden, const T* shared_hidden, const int* experts, const float* weights,
+                const float* shared_logit, const T* residual, Operands routed, Operands shared, T* out) {
+  __shared__ float partial[WARPS][16];
+  let_next_start();
+  wait_for_inputs();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const long long token = blockIdx.x;
+  float sums[1][4] = {};
+  for (int unit = warp; unit < JOBS * SPLIT; unit += WARPS) {
+    const int job = unit / SPLIT, part = unit % SPLIT;
+#if TOP_K > 0
+    if (job < TOP_K) {
+      const long long pair = token * TOP_K + job;
+      project<DOWN_BITS, DOWN_GROUP, DOWN_GROUPS, DOWN_SCALE, HIDDEN>(routed, experts[pair], hidden + pair * HIDDEN,
+                                                                      weights[pair], part, SPLIT, lane, sums);
+      continue;
+    }
+#endif
+#ifdef WITH_SHARED
+    float weight = 1;
+#ifdef WITH_SHARED_LOGIT
+    weight = sigmoid(shared_logit[token]);
+#endif
+    project<SHARED_DOWN_BITS, SHARED_DOWN_GROUP, SHARED_DOWN_GROUPS, SHARED_DOWN_SCALE, SHARED_HIDDEN>(
+        shared, 0, shared_hidden + token * SHARED_HIDDEN, weight, part, SPLIT, lane, sums);
+#endif
+  }
+  if (lane % 4 == 0) partial[warp][lane / 4] = sums[0][0], partial[warp][lane / 4 + 8] = sums[0][2];
+  __syncthreads();
+  const int row = blockIdx.y * 16 + threadIdx.x;
+  if (threadIdx.x >= 16 || row >= OUT) return;
+  float sum = 0;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) sum += partial[w][threadIdx.x];
+#ifdef WITH_RESIDUAL
+  sum += to_float(residual[token * OUT + row]);
+#endif
+  out[token * OUT + row] = from_float<T>(sum);
+}
