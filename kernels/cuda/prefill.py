@@ -130,7 +130,7 @@ class Tables:
     """Where a step's tables lie on the device; int32, filled before every step from `plan` and the batch.
 
     chunks, tiles: [.., 4], of `Plan`. first_chunks: [sequences]. query_starts: [sequences + 1]. context_lengths,
-    state_slots, block_tables: as in Batch; a row of block_tables has table_length entries.
+    state_slots, block_tables: as in Batch. table_length: [1], entries in a row of block_tables.
     """
 
     chunks: Addressed
@@ -140,7 +140,7 @@ class Tables:
     context_lengths: Addressed
     state_slots: Addressed
     block_tables: Addressed
-    table_length: int
+    table_length: Addressed
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ DEVICE u64 place_of(const int* table, int position) {
 // Norms and RoPE; keys and values go to the pools, queries [tokens, HEADS, HEAD_DIM] aside. Grid: tiles, BQ.
 extern "C" __global__ void __launch_bounds__(256)
     prefill_attention_write(const u16* q, const u16* k, const u16* v, const float* q_weight, const float* k_weight,
-                            const float* inv_freq, const Tile* tiles, const int* tables, int table_length, u16* queries,
+                            const float* inv_freq, const Tile* tiles, const int* tables, const int* table_length, u16* queries,
                             u16* keys, u16* values, float q_eps, float k_eps, float rope_scale) {
   constexpr int PAIRS = (HEAD_DIM + 63) / 64;
   __shared__ float cosines[HALF + 1], sines[HALF + 1], heads[8][HEAD_DIM];
@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(256)
   if ((int)blockIdx.y >= tile.z) return;
   const u64 token = tile.y + blockIdx.y;
   const int position = tile.w + blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const u64 place = place_of(tables + tile.x * table_length, position);
+  const u64 place = place_of(tables + tile.x * *table_length, position);
   for (int i = threadIdx.x; i < HALF; i += 256) {
     float sine, cosine;
     sincosf((float)position * inv_freq[i], &sine, &cosine);
@@ -90,13 +90,13 @@ extern "C" __global__ void __launch_bounds__(256)
 // Grid: heads, tiles. Dynamic shared memory: (BQ + 4 * BK) * PAD * 2. A warp has sixteen queries.
 extern "C" __global__ void __launch_bounds__(256, 1)
     prefill_attention(const u16* queries, const u16* keys, const u16* values, const u16* gate, const Tile* tiles,
-                      const int* tables, int table_length, float scale, u16* out) {
+                      const int* tables, const int* table_length, float scale, u16* out) {
   extern __shared__ __align__(128) unsigned char memory[];
   const Tile tile = tiles[blockIdx.y];
   const int head = blockIdx.x, kv_head = head / (HEADS / KV_HEADS);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, column = lane % 4 * 2;
   const u32 q_tile = shared_address(memory), kv_tiles = q_tile + BQ * PAD * 2;
-  const int* table = tables + tile.x * table_length;
+  const int* table = tables + tile.x * *table_length;
   const int context = tile.w + tile.z;  // keys that the last query sees
 
   for (int i = threadIdx.x; i < BQ * CHUNKS; i += 256) {

@@ -82,7 +82,7 @@ class PrefillAttention:
         """Norms, RoPE and the cache's new entries; then the attention."""
         spec, places, tables = self._node.spec, self._places, self._tables
         module = modules[self._source]
-        where = (tables.tiles, tables.block_tables, np.int32(tables.table_length))
+        where = (tables.tiles, tables.block_tables, tables.table_length)
         write = (
             places.q,
             places.k,
