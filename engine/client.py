@@ -95,15 +95,19 @@ class EngineClient:
         restart: RestartPolicy | None = None,
         grace: float = 5.0,
         request_timeout: float | None = None,
+        idle_timeout: float | None = None,
     ) -> None:
         self._config = config
         self._restart = restart or RestartPolicy()
         self._grace = grace  # seconds for the worker to end by itself
         self._timeout = request_timeout  # seconds for one request, waiting included
+        self._idle = idle_timeout  # seconds without a request after which the worker is ended; None: never
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._unloading: asyncio.Task[None] | None = None
         self._worker: WorkerProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[str] | None = None
-        self._settled = asyncio.Event()  # READY, FAILED or CLOSED
+        self._settled = asyncio.Event()  # READY, UNLOADED, FAILED or CLOSED
         self._answers: dict[str, asyncio.Future[Answer]] = {}
         self._streams: dict[str, Stream] = {}
         self._numbers = itertools.count()
@@ -119,6 +123,11 @@ class EngineClient:
     def pid(self) -> int | None:
         """The worker's process id, while there is one."""
         return None if self._worker is None else self._worker.process.pid
+
+    @property
+    def on_demand(self) -> bool:
+        """See Engine."""
+        return self._idle is not None
 
     async def __aenter__(self) -> EngineClient:
         await self.start()
@@ -143,8 +152,10 @@ class EngineClient:
         """See Engine. Raises ValueError if the id is that of a running request."""
         if request.request_id in self._streams:
             raise ValueError(f"request id {request.request_id!r} is in use")
+        await self._wake()
         stream = Stream(request.request_id, self.abort)
         self._streams[request.request_id] = stream
+        stream.on_end(self._rest)
         if self._timeout is not None:
             timer = asyncio.get_running_loop().call_later(self._timeout, self._expire, stream)
             stream.on_end(timer.cancel)
@@ -179,9 +190,15 @@ class EngineClient:
     async def close(self) -> None:
         """See Engine."""
         self._enter(EngineState.CLOSED, "the engine has been closed")
+        if self._unloading is not None:
+            await asyncio.wait([self._unloading])
+        await self._end_worker()
+
+    async def _end_worker(self) -> None:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
+            self._supervisor = None
         if self._ending is not None:
             await self._ending
 
@@ -189,6 +206,7 @@ class EngineClient:
         """Forget a request and tell the worker to drop it. Unknown ids are ignored."""
         if self._streams.pop(request_id, None) is not None and self._worker is not None:
             self._worker.send(Abort(request_id=request_id))
+            self._rest()
 
     def _expire(self, stream: Stream) -> None:
         """A request has taken too long."""
@@ -203,6 +221,7 @@ class EngineClient:
 
     async def _ask(self, message: Generate | Tokenize | Detokenize, param: str) -> Answer:
         """Send a message and wait for its answer. Raises RequestRefused."""
+        await self._wake()
         worker = self._worker
         if self.state is not EngineState.READY or worker is None:
             raise RequestRefused("not_ready", self.message or f"the engine is {self.state}")
@@ -218,9 +237,47 @@ class EngineClient:
             raise RequestRefused("invalid_value", f"a value cannot be sent to the engine: {error}", param) from None
         finally:
             del self._answers[message.request_id]
+            self._rest()
         if isinstance(answer, Refused):
             raise RequestRefused(answer.code, answer.message, answer.param)
         return answer
+
+    # --- unloading an idle model ---
+
+    async def _wake(self) -> None:
+        """Bring an unloaded model back, or wait while it comes. Raises RequestRefused."""
+        if not self.on_demand:
+            return
+        if self._unloading is not None:
+            await asyncio.wait([self._unloading])
+        if self.state is EngineState.UNLOADED:
+            self._enter(EngineState.STARTING)
+            await self.start()
+        if self.state in {EngineState.STARTING, EngineState.LOADING}:
+            try:
+                await self.wait_ready()
+            except EngineFailed as error:
+                raise RequestRefused("not_ready", str(error)) from None
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+
+    def _rest(self) -> None:
+        """Something has ended: count the idle time from now, if nothing else is going on."""
+        if self._idle is None or self._streams or self._answers:
+            return
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        self._idle_timer = asyncio.get_running_loop().call_later(self._idle, self._unload)
+
+    def _unload(self) -> None:
+        if self.state is EngineState.READY and not self._streams and not self._answers:
+            log.info("idle for %g s: the model is unloaded until the next request", self._idle)
+            self._enter(EngineState.UNLOADED, "the model is unloaded; the next request loads it")
+            self._unloading = asyncio.create_task(self._finish_unloading(), name="engine unloading")
+
+    async def _finish_unloading(self) -> None:
+        await self._end_worker()
+        self._unloading = None
 
     # --- the life of the worker ---
 
@@ -228,7 +285,7 @@ class EngineClient:
         self.state, self.message = state, message
         if state is not EngineState.READY:
             self.ready = self.stats = None
-        if state in {EngineState.READY, EngineState.FAILED, EngineState.CLOSED}:
+        if state in {EngineState.READY, EngineState.UNLOADED, EngineState.FAILED, EngineState.CLOSED}:
             self.progress = None
             self._settled.set()
         else:
@@ -241,7 +298,7 @@ class EngineClient:
         while True:
             self._ready_at = None
             ending = await self._run_worker()
-            if self.state in {EngineState.FAILED, EngineState.CLOSED}:
+            if self.state in {EngineState.UNLOADED, EngineState.FAILED, EngineState.CLOSED}:
                 return
             lasted = 0.0 if self._ready_at is None else clock() - self._ready_at
             deaths = 1 if lasted >= self._restart.stable else deaths + 1
@@ -315,5 +372,6 @@ class EngineClient:
                 self._ready_at = asyncio.get_running_loop().time()
                 self.ready = message
                 self._enter(EngineState.READY)
+                self._rest()
             case LoadFailed():
                 self._enter(EngineState.FAILED, message.message)

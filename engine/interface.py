@@ -11,12 +11,13 @@ from mixbit.engine.protocol import Delta, ErrorCode, Finished, Generate, Progres
 
 
 class EngineState(StrEnum):
-    """What the engine is doing. Requests are taken in READY alone."""
+    """What the engine is doing. Requests are taken in READY, and where they bring it back, in UNLOADED."""
 
     STARTING = "starting"  # the worker process is coming up
     LOADING = "loading"  # it loads the model: see `progress`
     READY = "ready"
     RESTARTING = "restarting"  # it died and is started again: see `message`
+    UNLOADED = "unloaded"  # idle for long: no worker; the next request starts one and waits for it
     FAILED = "failed"  # it will not be started again: see `message`
     CLOSED = "closed"
 
@@ -75,6 +76,10 @@ class Engine(Protocol):
     @property
     def state(self) -> EngineState:
         """What the engine is doing now."""
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether requests wait while the model is loaded, instead of being refused."""
 
     @property
     def progress(self) -> Progress | None:

@@ -22,11 +22,11 @@ class Stream:
         self._end: Finished | RequestFailed | None = None
         self._ended = False  # nothing more will be pushed
         self._changed = asyncio.Event()
-        self._at_end: Callable[[], None] = lambda: None
+        self._at_end: list[Callable[[], None]] = []
 
     def on_end(self, call: Callable[[], None]) -> None:
         """Call this when the request has ended, one way or another."""
-        self._at_end = call
+        self._at_end.append(call)
 
     def push(self, delta: Delta) -> None:
         """Add text that has arrived."""
@@ -39,7 +39,8 @@ class Stream:
         """Note how the request ended; None if the reader gave it up."""
         self._end, self._ended = event, True
         self._changed.set()
-        self._at_end()
+        for call in self._at_end:
+            call()
 
     def __aiter__(self) -> Stream:
         return self

@@ -447,3 +447,39 @@ async def test_the_worker_says_what_it_holds(models: dict[str, Path]) -> None:
         await until(lambda: client.restarts == 1)
         assert [client.stats] == [None]
         await client.wait_ready()
+
+
+# --- unloading ---
+
+
+async def test_an_idle_model_is_unloaded_and_comes_back_when_asked(models: dict[str, Path]) -> None:
+    config = EngineConfig(model=str(models["llama"]), device="cpu", threads=1)
+    async with EngineClient(config, idle_timeout=0.2) as client:
+        await client.wait_ready()
+        first = client.pid
+        before, _ = await complete(client, message())
+        await until(lambda: client.state is EngineState.UNLOADED)
+        await until(lambda: not alive(first))
+        assert client.ready is None
+        answers = await asyncio.gather(*(complete(client, message(str(n))) for n in range(3)))  # all wait for one load
+        assert [text for text, _ in answers] == [before] * 3
+        assert client.restarts == 0
+        await until(lambda: client.state is EngineState.UNLOADED)
+        assert await client.tokenize("the", add_special_tokens=False)
+
+
+async def test_a_model_at_work_is_not_unloaded(models: dict[str, Path]) -> None:
+    config = EngineConfig(model=str(models["llama"]), device="cpu", threads=1)
+    async with EngineClient(config, idle_timeout=0.001) as client:
+        _, finished = await complete(client, message(max_tokens=400))  # takes much longer than that
+        assert finished.usage.completion_tokens == 400
+        await until(lambda: client.state is EngineState.UNLOADED)
+
+
+async def test_a_request_given_up_lets_the_model_rest(models: dict[str, Path]) -> None:
+    config = EngineConfig(model=str(models["llama"]), device="cpu", threads=1)
+    async with EngineClient(config, idle_timeout=0.05) as client:
+        await client.wait_ready()
+        async with await client.generate(message(max_tokens=400)) as completion:
+            await anext(aiter(completion))
+        await until(lambda: client.state is EngineState.UNLOADED)
