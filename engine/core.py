@@ -38,12 +38,19 @@ class EngineCore:
     in order.
     """
 
-    def __init__(self, step: Step, scheduler: Scheduler, admission: Admission, disk: DiskTier | None = None) -> None:
+    def __init__(
+        self,
+        step: Step,
+        scheduler: Scheduler,
+        admission: Admission,
+        disk: DiskTier | None = None,
+        pace: Pace | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self.admission = admission
         self._step = step
         self._disk = disk
-        self._pace = Pace(scheduler.step_tokens)
+        self._pace = pace or Pace(scheduler.step_tokens)
         self._generations: dict[str, Generation] = {}
         self._arriving: dict[Restore, list[Generation]] = {}  # wait for their prefixes from the disk
         self._failures = 0

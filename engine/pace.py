@@ -23,7 +23,8 @@ class Pace:
         self._slowdown, self._share = slowdown, share
         self._decodes: dict[int, deque[float]] = {}  # seconds of steps without prefill, by size class of the batch
         self._extra: dict[int, deque[float]] = {}  # seconds that a prefill of this size adds
-        self._alone: deque[float] = deque(maxlen=_REMEMBERED)  # tokens per second of large prefills alone
+        self._alone: deque[float] = deque(maxlen=_REMEMBERED)  # tokens per second of the largest prefills alone
+        self._largest = 1  # tokens of such a prefill
         self._used: set[int] = set()  # sizes measured since the last step of decodes alone
         self._mixed = 0  # steps of both since then
 
@@ -35,8 +36,8 @@ class Pace:
                 self._extra = {size: self._extra[size] for size in self._used}
             self._used, self._mixed = set(), 0
             return
-        if not decodes and prefill >= self._sizes[-1] // 2:
-            self._alone.append(prefill / seconds)
+        if not decodes:
+            self._note_alone(prefill, seconds)
         self._mixed += bool(decodes)
         size = max((size for size in self._sizes if size <= prefill), default=None)
         if size is not None:
@@ -61,6 +62,14 @@ class Pace:
             if size >= chosen and size >= least * (base + self._cost(size)):
                 return size
         return self._sizes[-1]
+
+    def _note_alone(self, prefill: int, seconds: float) -> None:
+        """Small ones count, as what is known until there is a larger one: they are the slower."""
+        if prefill >= 2 * self._largest:
+            self._largest = prefill
+            self._alone.clear()
+        if 2 * prefill >= self._largest:
+            self._alone.append(prefill / seconds)
 
     def _base(self, decodes: int) -> float | None:
         seconds = self._decodes.get(decodes.bit_length())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,9 @@ import numpy.typing as npt
 
 from mixbit.engine.request import Chunk, CopyBlock, CopyState, Move, Request
 from mixbit.kernels.executor import Batch, CacheConfig, Executor
+
+_WARM_TOKENS = 16
+_TIMED_SECONDS = 0.15
 
 
 class Runner:
@@ -55,11 +59,28 @@ def batch_of(chunks: Sequence[Chunk]) -> Batch:
     )
 
 
-def warm_up(executor: Executor, cache: CacheConfig, step_tokens: int) -> None:
-    """Run a prefill and a decode, so that the first request does not pay for compilation and first touch."""
-    length = min(cache.block_size, step_tokens, 16)
-    request = Request("warm-up", tokens=[0] * length, prompt_tokens=length, max_length=length + 1)
-    request.blocks.extend(range(min(2, cache.blocks)))
+def warm_up(executor: Executor, cache: CacheConfig, step_tokens: int) -> list[tuple[int, int, float]]:
+    """Run prefills and decodes, so that the first request does not pay for compilation and first touch.
+
+    Returns (decodes, tokens of prefill, seconds) of what was run after that, as `Pace.note` takes it: little on slow
+    devices.
+    """
+    longest = min(step_tokens, cache.blocks * cache.block_size)
+    request = Request("warm-up", tokens=[], prompt_tokens=1, max_length=longest + 1)
+    request.blocks.extend(range(-(-longest // cache.block_size)))
     request.slot = 0
-    for chunk in (Chunk(request, 0, length), Chunk(request, length - 1, 1)):
-        executor.run(batch_of([chunk]))
+
+    def seconds(start: int, count: int) -> float:
+        request.tokens = [place % _WARM_TOKENS for place in range(start + count)]
+        before = time.perf_counter()
+        executor.run(batch_of([Chunk(request, start, count)]))
+        return time.perf_counter() - before
+
+    size = min(longest, _WARM_TOKENS)
+    seconds(0, size)
+    seconds(size - 1, 1)
+    timed = [(1, 0, seconds(size - 1, 1)) for _ in range(3)]
+    end = time.perf_counter() + _TIMED_SECONDS
+    while (size := 2 * size) <= longest and time.perf_counter() + 2 * timed[-1][2] < end:
+        timed.append((0, size, seconds(0, size)))
+    return timed

@@ -1,13 +1,17 @@
-"""Prefill sizes over simulated devices."""
+"""Prefill sizes over simulated devices, and what the warm-up tells of a device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from random import Random
+from time import sleep
 
 import pytest
 
 from mixbit.engine.pace import Pace
+from mixbit.engine.runner import warm_up
+from mixbit.kernels.executor import Batch, CacheConfig
 
 Device = Callable[[int, int], float]
 
@@ -81,3 +85,40 @@ def test_sizes_are_within_the_step(longest: int) -> None:
     pace = Pace(longest)
     for size in run(pace, compute_bound, 1, 100):
         assert 0 <= size <= longest
+
+
+def test_small_prefills_tell_the_rate_until_a_larger_one_does() -> None:
+    pace = Pace(512)
+    pace.note(1, 0, experts_from_memory(1, 0))
+    pace.note(0, 32, experts_from_memory(0, 32))
+    early = pace.limit(1)
+    assert early >= 0.25 * 32 / experts_from_memory(0, 32) * experts_from_memory(1, early)
+    pace.note(0, 512, experts_from_memory(0, 512))
+    pace.note(0, 16, experts_from_memory(0, 16))  # says nothing any more
+    assert pace.limit(1) > early
+
+
+@dataclass
+class Recorder:
+    """An executor that takes 1 ms for a token."""
+
+    batches: list[Batch] = field(default_factory=list)
+
+    def run(self, batch: Batch) -> None:
+        self.batches.append(batch)
+        sleep(len(batch.tokens) * 1e-3)
+
+
+@pytest.mark.parametrize(("blocks", "step_tokens"), [(1, 1), (1, 512), (4, 20), (64, 512)])
+def test_the_warm_up_times_what_it_runs(blocks: int, step_tokens: int) -> None:
+    recorder = Recorder()
+    cache = CacheConfig(blocks=blocks, block_size=8, state_slots=1)
+    timed = warm_up(recorder, cache, step_tokens)  # type: ignore[arg-type]  # it runs, which is enough
+    for batch in recorder.batches:
+        assert len(batch.tokens) <= step_tokens
+        assert batch.block_tables.max() < blocks
+        assert batch.context_lengths[0] + len(batch.tokens) <= blocks * 8
+    assert [(decodes, prefill) for decodes, prefill, _ in timed[:3]] == [(1, 0)] * 3
+    sizes = [prefill for _, prefill, _ in timed[3:]]
+    assert sizes == ([32, 64][: len(sizes)] if blocks == 64 else [])
+    assert all(seconds >= 0.9e-3 * max(prefill, 1) for _, prefill, seconds in timed)
