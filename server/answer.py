@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +22,17 @@ from mixbit.server.sse import DONE, Disconnected, EventStream, error_events, eve
 from mixbit.server.version import VERSION
 
 Json = dict[str, Any]
+
+
+async def whole_answer(request: Request, work: Coroutine[Any, Any, Json], prompt_param: str) -> Response:
+    """The JSON that `work` makes; it is cancelled if the client hangs up. Raises ApiError for a RequestError."""
+    try:
+        result = await while_connected(request.receive, work)
+    except Disconnected:
+        return Response(status_code=499)  # nobody reads it
+    except RequestError as error:
+        raise api_error(error, prompt_param) from None
+    return Response(msgspec.json.encode(result), media_type="application/json")
 
 
 class Format(Protocol):
@@ -66,11 +77,7 @@ class Answer:
         """The HTTP answer, as the request asked for it."""
         if self.body.stream:
             return EventStream(self._stream(), HTTP.keepalive_seconds)
-        try:
-            result = await while_connected(request.receive, self._collect())
-        except Disconnected:
-            return Response(status_code=499)  # nobody reads it
-        return Response(msgspec.json.encode(result), media_type="application/json")
+        return await whole_answer(request, self._collect(), self.format.prompt_param)
 
     def _head(self, kind: str) -> Json:
         return {
@@ -87,16 +94,13 @@ class Answer:
         texts: list[list[str]] = [[] for _ in range(count)]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in range(count)]
         finished: dict[int, Finished] = {}
-        try:
-            async with aclosing(self.batch.events()) as events:
-                async for index, item in events:
-                    if isinstance(item, Finished):
-                        finished[index] = item
-                    else:
-                        texts[index].append(item.text)
-                        logprobs[index].extend(item.logprobs)
-        except RequestError as error:
-            raise api_error(error, self.format.prompt_param) from None
+        async with aclosing(self.batch.events()) as events:
+            async for index, item in events:
+                if isinstance(item, Finished):
+                    finished[index] = item
+                else:
+                    texts[index].append(item.text)
+                    logprobs[index].extend(item.logprobs)
         choices = [
             self.format.whole(index, "".join(texts[index]), logprobs[index], finished[index].reason)
             for index in range(count)

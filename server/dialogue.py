@@ -53,6 +53,16 @@ class Dialogue:
                 if isinstance(item, Finished):
                     yield item
 
+    async def whole(self) -> tuple[Parts, Finished]:
+        """All that is written. Raises RequestFailed."""
+        parts = Parts()
+        async with aclosing(self.events()) as events:
+            async for item in events:
+                if isinstance(item, Finished):
+                    return parts, item
+                parts.feed(item)
+        raise AssertionError("an answer ends with Finished, or with RequestFailed")
+
 
 def chat_request(fields: dict[str, Any]) -> CreateChatCompletionRequest:
     """A chat request of what another endpoint was sent. Raises a 400 if it breaks the chat endpoint's bounds."""

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 
 from mixbit.engine.client import RequestError, RequestRefused
 from mixbit.engine.protocol import Delta, Finished, Generate
+from mixbit.server.answer import Json, whole_answer
 from mixbit.server.errors import invalid
 from mixbit.server.generation import Batch, api_error, choice_seed, require_ready, resolve_sampling, stop_strings
 from mixbit.server.model import ServedModel
@@ -21,11 +22,9 @@ from mixbit.server.schema.common import SamplingFields
 from mixbit.server.schema.llama import InfillRequest, InfillResponse
 from mixbit.server.service import CurrentService
 from mixbit.server.settings import HTTP
-from mixbit.server.sse import Disconnected, EventStream, error_event, event, while_connected
+from mixbit.server.sse import EventStream, error_event, event
 
 router = APIRouter(tags=["llama.cpp"])
-
-Json = dict[str, Any]
 
 
 @router.post(
@@ -46,13 +45,7 @@ async def infill(body: InfillRequest, request: Request, service: CurrentService)
     answer = _Infill(body, service.model.name, batch, started)
     if body.stream:
         return EventStream(answer.stream(), HTTP.keepalive_seconds)
-    try:
-        result = await while_connected(request.receive, answer.whole())
-    except Disconnected:
-        return Response(status_code=499)  # nobody reads it
-    except RequestError as error:
-        raise api_error(error, "input_prefix") from None
-    return Response(msgspec.json.encode(result), media_type="application/json")
+    return await whole_answer(request, answer.whole(), "input_prefix")
 
 
 def _prompt(body: InfillRequest, model: ServedModel) -> str:

@@ -9,11 +9,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 
 from mixbit.engine.client import RequestError
 from mixbit.engine.protocol import Finished, Usage
+from mixbit.server.answer import Json, whole_answer
 from mixbit.server.dialogue import Dialogue, Part, Parts, Step, chat_request, count_tokens, overflow, start
 from mixbit.server.errors import ApiError, anthropic_error, invalid
 from mixbit.server.generation import api_error
@@ -34,11 +34,9 @@ from mixbit.server.schema.messages import (
 )
 from mixbit.server.service import CurrentService
 from mixbit.server.settings import HTTP
-from mixbit.server.sse import Disconnected, EventStream, typed_event, while_connected
+from mixbit.server.sse import EventStream, typed_event
 
 router = APIRouter(tags=["Anthropic"])
-
-Json = dict[str, Any]
 
 
 @router.post(
@@ -68,13 +66,7 @@ async def create_message(body: CreateMessageRequest, request: Request, service: 
         raise _told(error) from None
     if body.stream:
         return EventStream(answer.stream(), HTTP.keepalive_seconds, _error_event)
-    try:
-        result = await while_connected(request.receive, answer.whole())
-    except Disconnected:
-        return Response(status_code=499)  # nobody reads it
-    except RequestError as error:
-        raise api_error(error, "messages") from None
-    return Response(msgspec.json.encode(result), media_type="application/json")
+    return await whole_answer(request, answer.whole(), "messages")
 
 
 @router.post("/v1/messages/count_tokens")
@@ -198,14 +190,7 @@ class _Answer:
 
     async def whole(self) -> Json:
         """The message. Raises RequestFailed."""
-        parts, finished = Parts(), None
-        async with aclosing(self.dialogue.events()) as events:
-            async for item in events:
-                if isinstance(item, Finished):
-                    finished = item
-                else:
-                    parts.feed(item)
-        assert finished is not None
+        parts, finished = await self.dialogue.whole()
         content = [_block(part) for part in parts.parts if part.complete]
         return self._message(content, finished.usage) | _ending(finished, parts.calls)
 

@@ -10,12 +10,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from fastapi import Response as HttpResponse
 
 from mixbit.engine.client import RequestError
 from mixbit.engine.protocol import Finished, Usage
+from mixbit.server.answer import Json, whole_answer
 from mixbit.server.dialogue import Dialogue, Part, Parts, Step, start
 from mixbit.server.errors import ApiError, error_object
 from mixbit.server.generation import api_error
@@ -23,11 +23,9 @@ from mixbit.server.responses import functions, to_chat
 from mixbit.server.schema.responses import CreateResponseRequest, Response, WebSearchTool
 from mixbit.server.service import CurrentService
 from mixbit.server.settings import HTTP
-from mixbit.server.sse import Disconnected, EventStream, typed_event, while_connected
+from mixbit.server.sse import EventStream, typed_event
 
 router = APIRouter(tags=["completions"])
-
-Json = dict[str, Any]
 
 
 @router.post(
@@ -47,13 +45,7 @@ async def create_response(body: CreateResponseRequest, request: Request, service
     answer = _Answer(body, service.model.name, await start(to_chat(body), service, "input"))
     if body.stream:
         return EventStream(answer.stream(), HTTP.keepalive_seconds, _error_event)
-    try:
-        result = await while_connected(request.receive, answer.whole())
-    except Disconnected:
-        return HttpResponse(status_code=499)  # nobody reads it
-    except RequestError as error:
-        raise api_error(error, "input") from None
-    return HttpResponse(msgspec.json.encode(result), media_type="application/json")
+    return await whole_answer(request, answer.whole(), "input")
 
 
 def _error_event(error: ApiError) -> bytes:
@@ -77,14 +69,7 @@ class _Answer:
 
     async def whole(self) -> Json:
         """The response. Raises RequestFailed."""
-        finished = None
-        async with aclosing(self.dialogue.events()) as events:
-            async for item in events:
-                if isinstance(item, Finished):
-                    finished = item
-                else:
-                    self.parts.feed(item)
-        assert finished is not None
+        self.parts, finished = await self.dialogue.whole()
         return self._ended(finished)
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
