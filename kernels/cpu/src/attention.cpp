@@ -13,8 +13,13 @@ namespace mixbit {
 namespace {
 
 constexpr std::int64_t tile_rows = 48;   // queries of a tile, about
-constexpr std::int64_t pass_keys = 64;   // scores of a row kept at a time, about
-constexpr std::int64_t run_keys = 256;   // keys of a run, about
+constexpr std::int64_t pass_keys = 128;  // scores of a row kept at a time, about
+constexpr std::int64_t run_keys = 512;   // keys of a run, about
+constexpr float log2_e = 1.44269504f;
+
+// Those of VectorOps that go with a storage.
+void attend(const VectorOps& ops, const AttentionTile<float>& tile) { ops.attend(tile); }
+void attend(const VectorOps& ops, const AttentionTile<Bfloat16>& tile) { ops.attend_bfloat16(tile); }
 
 template <typename Storage>
 class Attention final : public Op {
@@ -32,6 +37,7 @@ class Attention final : public Op {
         tile_tokens_(std::max<std::int64_t>(1, tile_rows / group_)),
         blocks_per_pass_(std::max<std::int64_t>(1, pass_keys / context.limits.block_size)),
         run_(blocks_per_pass_ * context.limits.block_size),
+        q_stride_(KvPool<Storage>::steps(spec_.head_dim) * KvPool<Storage>::depth),
         pool_(context.limits.blocks, context.limits.block_size, spec_.kv_heads, spec_.head_dim) {
     run_ *= std::max<std::int64_t>(1, run_keys / run_);
     context.workspace.reserve(0, scratch(nullptr).size);
@@ -65,7 +71,7 @@ class Attention final : public Op {
 
   // A thread's own memory.
   struct Scratch {
-    float *q, *scores;
+    float *q, *scores;  // q also holds a key and a value on their way to the cache
     Partial sum, next;
     std::int64_t size;
   };
@@ -79,7 +85,7 @@ class Attention final : public Op {
   }
 
   Scratch scratch(float* base) const {
-    const std::int64_t scores = max_rows() * spec_.head_dim;
+    const std::int64_t scores = std::max<std::int64_t>(max_rows(), 4) * q_stride_;
     const std::int64_t sum = scores + max_rows() * blocks_per_pass_ * pool_.key_stride;
     const std::int64_t size = sum + 2 * partial_size();
     if (base == nullptr) return {nullptr, nullptr, {}, {}, size};
@@ -93,16 +99,35 @@ class Attention final : public Op {
     if (spec_.rope) ops.rotate(spec_.rope->cos(token), spec_.rope->sin(token), spec_.rope->half(), head);
   }
 
+  // A head, and zeros up to q_stride_.
+  void load(const float* head, float* to) const {
+    std::memcpy(to, head, static_cast<std::size_t>(spec_.head_dim) * sizeof(float));
+    std::fill(to + spec_.head_dim, to + q_stride_, 0.0f);
+  }
+
+  // A key and a value as they are stored. key: followed by scratch for 3 * q_stride_ floats.
+  std::pair<const Storage*, const Storage*> stored(float* key, const float* value) const {
+    if constexpr (std::is_same_v<Storage, float>) {
+      return {key, value};
+    } else {
+      Storage* narrow_key = reinterpret_cast<Storage*>(key + q_stride_);
+      Storage* narrow_value = narrow_key + q_stride_;
+      context_.machine.ops.narrow(key, q_stride_, narrow_key);
+      context_.machine.ops.narrow(value, spec_.head_dim, narrow_value);
+      return {narrow_key, narrow_value};
+    }
+  }
+
   void write(const Step& step) {
-    const std::int64_t dim = spec_.head_dim;
     context_.machine.pool.run_ranges(step.tokens, 8, [&](auto begin, auto end, int thread) {
-      float* key = context_.workspace.own(thread);
+      const Scratch s = scratch(context_.workspace.own(thread));
       for (auto t = begin; t < end; ++t) {
+        const bool last = t + 1 == step.tokens || step.blocks[t + 1] != step.blocks[t];
         for (std::int64_t h = 0; h < spec_.kv_heads; ++h) {
-          std::memcpy(key, step.head(k_, t, h), static_cast<std::size_t>(dim) * sizeof(float));
-          transform(spec_.k_norm, t, key);
-          pool_.write(step.blocks[t], step.positions[t] % context_.limits.block_size, h, key, step.head(v_, t, h),
-                      dim);
+          load(step.head(k_, t, h), s.q);
+          transform(spec_.k_norm, t, s.q);
+          const auto [key, value] = stored(s.q, step.head(v_, t, h));
+          pool_.write(step.blocks[t], step.positions[t] % context_.limits.block_size, h, key, value, last);
         }
       }
     });
@@ -126,15 +151,17 @@ class Attention final : public Op {
     std::stable_sort(tiles_.begin(), tiles_.end(), [](const auto& a, const auto& b) { return a.runs > b.runs; });
   }
 
-  void load_queries(const Step& step, const QueryTile& tile, float* q) const {
+  void load_queries(const Step& step, const QueryTile& tile, float* first) const {
+    const VectorOps& ops = context_.machine.ops;
+    float* q = first;
     for (std::int64_t t = tile.begin; t < tile.end; ++t) {
-      for (std::int64_t g = 0; g < group_; ++g, q += spec_.head_dim) {
-        const float* from = step.head(q_, t, tile.head * group_ + g);
-        std::memcpy(q, from, static_cast<std::size_t>(spec_.head_dim) * sizeof(float));
+      for (std::int64_t g = 0; g < group_; ++g, q += q_stride_) {
+        load(step.head(q_, t, tile.head * group_ + g), q);
         transform(spec_.q_norm, t, q);
-        context_.machine.ops.scale(spec_.scale, spec_.head_dim, q);
+        ops.scale(spec_.scale * log2_e, spec_.head_dim, q);
       }
     }
+    if constexpr (!std::is_same_v<Storage, float>) ops.pack_lefts(first, q - first);
   }
 
   void attend_run(const Step& step, const QueryTile& tile, std::int64_t run, const Scratch& s,
@@ -143,6 +170,7 @@ class Attention final : public Op {
     t.q = s.q;
     t.rows = (tile.end - tile.begin) * group_;
     t.head_dim = spec_.head_dim;
+    t.q_stride = q_stride_;
     t.value_stride = pool_.value_stride;
     t.group = group_;
     t.visible = step.positions[tile.begin] + 1;
@@ -160,7 +188,7 @@ class Attention final : public Op {
     t.out = to.out;
     t.peak = to.peak;
     t.total = to.total;
-    context_.machine.ops.attend(t);
+    attend(context_.machine.ops, t);
   }
 
   // Adds what `from` gathered from later keys to `sum`.
@@ -169,7 +197,7 @@ class Attention final : public Op {
     for (std::int64_t r = 0; r < rows; ++r) {
       if (from.total[r] == 0) continue;
       const float peak = std::max(sum.peak[r], from.peak[r]);
-      const float keep = std::exp(sum.peak[r] - peak), take = std::exp(from.peak[r] - peak);
+      const float keep = std::exp2(sum.peak[r] - peak), take = std::exp2(from.peak[r] - peak);
       context_.machine.ops.scale(keep, n, sum.out + r * n);
       context_.machine.ops.axpy(take, from.out + r * n, n, sum.out + r * n);
       sum.total[r] = sum.total[r] * keep + from.total[r] * take;
@@ -237,7 +265,7 @@ class Attention final : public Op {
   std::optional<Columns> gate_;
   AttentionSpec spec_;
   Value out_;
-  std::int64_t group_, tile_tokens_, blocks_per_pass_, run_;
+  std::int64_t group_, tile_tokens_, blocks_per_pass_, run_, q_stride_;
   KvPool<Storage> pool_;
   std::vector<QueryTile> tiles_;
   std::int64_t longest_ = 0;
@@ -268,9 +296,12 @@ void check(const Columns& q, const Columns& k, const Columns& v, const std::opti
 std::unique_ptr<Op> make_attention(Context& context, Columns q, Columns k, Columns v, std::optional<Columns> gate,
                                    AttentionSpec spec, Value out, std::int64_t& bytes) {
   check(q, k, v, gate, spec, out);
-  auto op = std::make_unique<Attention<float>>(context, q, k, v, gate, std::move(spec), out);
-  bytes += op->bytes();
-  return op;
+  auto make = [&]<typename Storage>() -> std::unique_ptr<Op> {
+    auto op = std::make_unique<Attention<Storage>>(context, q, k, v, gate, std::move(spec), out);
+    bytes += op->bytes();
+    return op;
+  };
+  return context.limits.narrow_kv ? make.template operator()<Bfloat16>() : make.template operator()<float>();
 }
 
 }  // namespace mixbit

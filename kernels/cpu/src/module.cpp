@@ -180,11 +180,12 @@ NB_MODULE(_cpu, m) {
       .def(
           "__init__",
           [](Program* self, std::int64_t max_tokens, std::int64_t blocks, std::int64_t block_size,
-             std::int64_t state_slots, int threads, const std::string& isa, bool profile) {
-            new (self) Program({max_tokens, blocks, block_size, state_slots}, threads, isa_named(isa), profile);
+             std::int64_t state_slots, bool narrow_kv, int threads, const std::string& isa, bool profile) {
+            const Limits limits{max_tokens, blocks, block_size, state_slots, narrow_kv};
+            new (self) Program(limits, threads, isa_named(isa), profile);
           },
           nb::kw_only(), nb::arg("max_tokens"), nb::arg("blocks"), nb::arg("block_size"), nb::arg("state_slots"),
-          nb::arg("threads"), nb::arg("isa"), nb::arg("profile"))
+          nb::arg("narrow_kv"), nb::arg("threads"), nb::arg("isa"), nb::arg("profile"))
       .def("value",
            [](Program& p, std::int64_t dim, bool selected) {
              p.add_value(dim, selected ? Rows::selected : Rows::tokens);

@@ -10,9 +10,10 @@
 
 namespace mixbit {
 
-// Sizes that are fixed when a program is compiled.
+// What is fixed when a program is compiled.
 struct Limits {
   std::int64_t max_tokens, blocks, block_size, state_slots;
+  bool narrow_kv;  // keys and values in bfloat16, else float32
 };
 
 struct Machine {

@@ -167,7 +167,7 @@ void delta(const DeltaRun& run) {
 }
 
 constexpr VectorOps table{rms_norm, add,       axpy,   scale,  silu_mul, sigmoid_mul,
-                          softmax,  conv_silu, rotate, attend, delta};
+                          softmax,  conv_silu, rotate, narrow, attend<Floats>, pack_lefts, attend<Bfloat16s>, delta};
 
 }  // namespace
 }  // namespace mixbit

@@ -52,29 +52,43 @@ inline void map(std::int64_t n, float* y, const F& f, const In*... in) {
       [&](std::int64_t i, std::int64_t m) { store_part(y + i, f(load_part(in + i, m)...), m); });
 }
 
-inline Vec select(IntVec mask, Vec a, Vec b) { return (Vec)((mask & (IntVec)a) | (~mask & (IntVec)b)); }
-inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// f over the lanes, halves with halves.
+template <int n, typename F>
+inline float fold(const float (&v)[n], const F& f) {
+  if constexpr (n == 1) {
+    return v[0];
+  } else {
+    float half[n / 2];
+    for (int i = 0; i < n / 2; ++i) half[i] = f(v[i], v[i + n / 2]);
+    return fold<n / 2>(half, f);
+  }
+}
+
+template <typename F>
+inline float fold(Vec v, const F& f) {
+  float values[lanes];
+  store(values, v);
+  return fold<lanes>(values, f);
+}
 
 inline float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < lanes; ++i) total += v[i];
-  return total;
+  return fold(v, [](float a, float b) { return a + b; });
 }
 
 inline float largest(Vec v) {
-  float best = v[0];
-  for (int i = 1; i < lanes; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  return fold(v, [](float a, float b) { return a > b ? a : b; });
 }
 
 // e^x to 1-2 ulp in [-87.3, 88.3]: 2^n * e^r with |r| <= ln(2) / 2 and the polynomial of Cephes' expf.
 // Below it is 0, above it stays at e^88.3. NaN stays NaN.
 inline Vec exp(Vec x) {
   const Vec low = splat(-87.3f), high = splat(88.3f);
-  Vec t = select(x > high, high, x);
+  Vec t = x > high ? high : x;
   const Vec round = splat(12582912.0f);  // 1.5 * 2^23: the sum's low bits are the nearest integer
   Vec n = (t * 1.44269504088896341f + round) - round;
-  n = select(x < low, Vec{}, n);
+  n = x < low ? Vec{} : n;
   Vec r = t - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   Vec p = splat(1.9875691500e-4f);
@@ -85,12 +99,27 @@ inline Vec exp(Vec x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
-  return select(x < low, Vec{}, p * (Vec)power);
+  return x < low ? Vec{} : p * (Vec)power;
 }
 
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
-inline float exp1(float x) { return exp(splat(x))[0]; }
+// 2^x to 1-2 ulp for x <= 0; 0 below -127. NaN stays NaN. The polynomial is the best of its degree on [-0.5, 0.5].
+inline Vec exp2(Vec x) {
+  const Vec low = splat(-127.0f);
+  Vec t = x < low ? low : x;
+  const Vec round = splat(12582912.0f);  // as in exp
+  Vec n = (t + round) - round;
+  Vec r = t - n;
+  Vec p = splat(1.3276416e-3f);
+  p = p * r + 9.6755289e-3f;
+  p = p * r + 5.5507133e-2f;
+  p = p * r + 2.4022120e-1f;
+  p = p * r + 6.9314697e-1f;
+  p = p * r + 1.0f;
+  IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  return p * (Vec)power;
+}
 
 }  // namespace
 }  // namespace mixbit

@@ -11,12 +11,14 @@ namespace mixbit {
 constexpr std::int64_t lane_pad = 16;
 constexpr std::int64_t padded(std::int64_t n) { return (n + lane_pad - 1) / lane_pad * lane_pad; }
 
-// A run of keys for a tile of queries of one KV head. Within a block keys are [head_dim, key_stride] (so
-// that scores of neighbouring keys are one vector) and values [block_size, value_stride]; strides are padded.
+// The upper half of a float32.
+using Bfloat16 = std::uint16_t;
+
+// A run of keys for a tile of queries of one KV head. Keys and values within a block: see KvPool.
 template <typename Storage>
 struct AttentionTile {
-  const float* q;  // [rows, head_dim], times the scale; rows are (token, query head of the group)
-  std::int64_t rows, head_dim, value_stride;
+  const float* q;  // [rows, q_stride], times scale / ln 2; rows are (token, query head of the group); see pack_lefts
+  std::int64_t rows, head_dim, q_stride, value_stride;
   std::int64_t group;    // query heads of a KV head
   std::int64_t visible;  // keys that the first token sees, counted from position 0; the next one sees one more
   const Storage* keys;   // of this KV head; block b starts at b * key_block_stride
@@ -26,9 +28,9 @@ struct AttentionTile {
   std::int64_t block_size, key_stride, blocks_per_pass;
   std::int64_t begin, end;  // positions of the run; begin is a multiple of block_size
   float* scores;            // scratch [rows, blocks_per_pass * key_stride]
-  float* out;               // [rows, value_stride]: sum of exp(score - peak) * value
+  float* out;               // [rows, value_stride]: sum of 2^(score - peak) * value
   float* peak;              // [rows]: largest score
-  float* total;             // [rows]: sum of exp(score - peak); 0 where a row sees none of these keys
+  float* total;             // [rows]: sum of 2^(score - peak); 0 where a row sees none of these keys
 };
 
 // One head of the gated delta rule over `tokens` tokens.
@@ -65,7 +67,12 @@ struct VectorOps {
                     std::int64_t n, float* y);
   // Rotates the pairs (i, i + half) of x in place.
   void (*rotate)(const float* cos, const float* sin, std::int64_t half, float* x);
+  // y = x rounded to the nearest bfloat16
+  void (*narrow)(const float* x, std::int64_t n, Bfloat16* y);
   void (*attend)(const AttentionTile<float>& tile);
+  // Over keys and values in bfloat16. pack_lefts brings q, n values with an even q_stride, into the form that it takes.
+  void (*pack_lefts)(float* q, std::int64_t n);
+  void (*attend_bfloat16)(const AttentionTile<Bfloat16>& tile);
   void (*delta)(const DeltaRun& run);
 };
 
@@ -73,6 +80,7 @@ extern const VectorOps portable_vector_ops;
 #if defined(__x86_64__)
 extern const VectorOps avx2_vector_ops;
 extern const VectorOps avx512_vector_ops;
+extern const VectorOps avx512_bf16_vector_ops;  // with the dot product of bfloat16
 #elif defined(__aarch64__)
 extern const VectorOps neon_vector_ops;
 #endif
