@@ -15,7 +15,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check test-torch test-clients clients bench clean
+.PHONY: help serve test check test-torch test-clients clients bench sanitize clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -46,6 +46,13 @@ clients: build/agents/installed ## coding agents from npm, each with a scripted 
 ROWS ?= *
 bench: $(VENV)/installed $(VENV)-bench/installed build/bench/rates ## speed beside llama.cpp, built natively in an environment of its own
 	@$(PY) -m bench.cpu --peer-python $(VENV)-bench/bin/python --rates build/bench/rates --rows '$(ROWS)' $(ARGS)
+
+# `make sanitize CASES=100000`
+CASES ?= 600
+sanitize: build/sanitize/built ## random programs on the native module under AddressSanitizer and UBSan, against the reference
+	@ASAN_OPTIONS=detect_leaks=0 build/sanitize/matmul_test
+	@ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		$(PY) -m tests.native.fuzz --module "$$(ls build/sanitize/_cpu*.so)" --cases $(CASES)
 
 clean: ## remove environments and build output (the model cache stays)
 	rm -rf $(VENV) $(VENV)-torch $(VENV)-clients $(VENV)-bench build
@@ -103,6 +110,15 @@ $(VENV)-bench/installed: | $(VENV)/toolchain
 build/bench/rates: bench/rates.cpp | $(VENV)/toolchain
 	@mkdir -p $(@D)
 	@. ./$(VENV)/toolchain; $${CXX:-c++} -O3 -march=native -std=c++20 -pthread $< -o $@
+
+# Zig has no AddressSanitizer: this needs the machine's own compiler.
+build/sanitize/built: $(NATIVE) tests/native/matmul_test.cpp $(VENV)/installed-test
+	@command -v c++ >/dev/null || { echo "error: make sanitize needs gcc or clang; on Debian and Ubuntu: apt install g++" >&2; exit 1; }
+	@. ./$(VENV)/toolchain; $(VENV)/bin/cmake -S . -B build/sanitize -G Ninja $$CMAKE_ARGS \
+		-DCMAKE_MAKE_PROGRAM="$$PWD/$(VENV)/bin/ninja" -DPython_EXECUTABLE="$$PWD/$(PY)" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" >/dev/null
+	@$(VENV)/bin/cmake --build build/sanitize --target _cpu matmul_test
+	@touch $@
 
 # mypy finds packages by folder: a folder of links gives the import names.
 build/types/mixbit:
