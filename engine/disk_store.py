@@ -50,7 +50,8 @@ class DiskStore:
         self._queue_bytes = queue_bytes
         _make_private(root)
         _make_private(self._directory)
-        (self._directory / _ABOUT).write_text(json.dumps({"model": about}))
+        if models(root).get(self._directory) != about:  # else a full disk can still be read
+            (self._directory / _ABOUT).write_text(json.dumps({"model": about}))
         self._names = {path.name for path in self._directory.iterdir() if not path.name.startswith(".")} - {_ABOUT}
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._lock = threading.Lock()

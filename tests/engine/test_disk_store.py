@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -112,3 +114,35 @@ def test_clear(tmp_path: Path) -> None:
     assert clear(tmp_path) > 500
     assert list(entries(tmp_path)) == []
     assert clear(tmp_path / "none") == 0
+
+
+WRITER = """
+import sys
+from mixbit.engine.disk_store import DiskStore
+from pathlib import Path
+store = DiskStore(Path(sys.argv[1]), "m", about="a model", limit=1 << 30, queue_bytes=1 << 20)
+for number in range(1_000_000):
+    while not store.room:
+        pass
+    store.write(f"b-{number % 50}", memoryview(bytes([number % 50]) * 300_000))
+    store.delete(f"b-{(number + 25) % 50}")
+"""
+
+
+def test_killed_at_any_moment_it_leaves_whole_entries_or_none(tmp_path: Path) -> None:
+    inside = 0
+    for round_ in range(6):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
+        directory, deadline = tmp_path / "m", time.monotonic() + 20
+        while not list(directory.glob("b-*")):
+            assert time.monotonic() < deadline
+        time.sleep(0.013 * round_)
+        while not list(directory.glob(".new-*")):  # in the middle of a write
+            assert time.monotonic() < deadline
+        writer.kill()
+        writer.wait()
+        inside += bool(list(directory.glob(".new-*")))
+        again = store(tmp_path, limit=1 << 30)
+        for name in again.names():
+            assert again.read(name) == bytes([int(name[2:])]) * 300_000
+    assert inside > 0

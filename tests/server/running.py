@@ -46,6 +46,11 @@ class RunningServer:
             if {"mixbit.engine.worker", "worker"} & set(child.cmdline())
         )
 
+    @property
+    def disk(self) -> Path:
+        """Where it keeps prefixes unless told otherwise."""
+        return self.output.parent / "prefixes"
+
     def numbers(self) -> dict[str, float]:
         """What /metrics says."""
         with self.client() as client:
@@ -83,17 +88,31 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @contextmanager
 def start(
-    *arguments: str, wait: bool = True, program: Sequence[str] = MIXBIT, **environment: str
+    *arguments: str,
+    wait: bool = True,
+    program: Sequence[str] = MIXBIT,
+    within: Sequence[str] = (),
+    **environment: str,
 ) -> Iterator[RunningServer]:
     """A server with `arguments` on a free port, ended with the context.
 
-    wait: until it prints its address. program: what Python runs as `mixbit`.
+    wait: until it prints its address. program: what Python runs as `mixbit`. within: a command that becomes it.
     """
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "output"
         with output.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, *program, "serve", "--port", "0", "--disk-cache", f"{directory}/prefixes", *arguments],
+                [
+                    *within,
+                    sys.executable,
+                    *program,
+                    "serve",
+                    "--port",
+                    "0",
+                    "--disk-cache",
+                    f"{directory}/prefixes",
+                    *arguments,
+                ],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

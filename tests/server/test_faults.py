@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import struct
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from mixbit.engine.disk_store import entries
 from tests.server import faulty
 from tests.server.conftest import CONTEXT
 from tests.server.running import RunningServer, start, until
@@ -28,22 +32,48 @@ STEP = 0.05  # seconds
 LONG: dict[str, Any] = {"prompt": [5, 6], "max_tokens": 3000, "ignore_eos": True, "stream": True}
 SHORT: dict[str, Any] = {"prompt": [5, 6], "max_tokens": 4, "ignore_eos": True, "temperature": 0}
 Start = Callable[..., Any]
+UNSHARE = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
+MOUNT = 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"'  # seen by this process and its children alone
+
+
+def _may_mount() -> bool:
+    with tempfile.TemporaryDirectory() as directory, contextlib.suppress(OSError):
+        return subprocess.run([*UNSHARE, MOUNT, directory, "true"], capture_output=True, check=False).returncode == 0
+    return False
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[ExitStack]:
+    """Ends at the end what tests have shared."""
+    with ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture
-def serve(tiny_checkpoint: Path) -> Start:
+def serve(tiny_checkpoint: Path, servers: ExitStack, shared: dict[str, RunningServer]) -> Start:
     """Starts servers of which, after the test, nothing may be left over."""
 
     @contextmanager
-    def serve(*arguments: str, step: float = 0.0, **options: Any) -> Iterator[RunningServer]:
+    def serve(*arguments: str, step: float = 0.0, share: bool = False, **options: Any) -> Iterator[RunningServer]:
         if step:
             options |= {"program": ("-P", faulty.__file__), "STEP_SECONDS": str(step)}
-        with start("--model", str(tiny_checkpoint), "--threads", "1", *arguments, **options) as server:
+        made = start("--model", str(tiny_checkpoint), "--threads", "1", *arguments, **options)
+        key = str((arguments, options))
+        with ExitStack() if share else made as own:
+            if share and key not in shared:
+                shared[key] = servers.enter_context(made)
+            server = shared[key] if share else own
             yield server
             if server.process.poll() is None:
                 server.settled()
 
     return serve
+
+
+@pytest.fixture(scope="module")
+def shared() -> dict[str, RunningServer]:
+    """Running servers by their options, for tests that leave them as they were."""
+    return {}
 
 
 def ask(server: RunningServer, **body: Any) -> httpx.Response:
@@ -75,7 +105,8 @@ def connection(server: RunningServer, body: dict[str, Any], receive_buffer: int 
 
 
 def test_a_worker_killed_in_the_middle_of_streams(serve: Start) -> None:
-    with serve(step=STEP) as server, server.client() as client, ThreadPoolExecutor(4) as pool:
+    with serve(step=STEP, share=True) as server, server.client() as client, ThreadPoolExecutor(4) as pool:
+        before = server.numbers()
         begun, ends = threading.Barrier(5), []
 
         def stream() -> list[str]:
@@ -90,6 +121,8 @@ def test_a_worker_killed_in_the_middle_of_streams(serve: Start) -> None:
         streams = [pool.submit(stream) for _ in range(4)]
         begun.wait()
         expected = text_of(ask(server))
+        conversation = ask(server, prompt=[5, 9] * 80).json()
+        until(lambda: len(list(entries(server.disk))) >= 4)
         killed = time.monotonic()
         server.worker().kill()
         until(lambda: client.get("/health").status_code == 503, 2)
@@ -101,18 +134,24 @@ def test_a_worker_killed_in_the_middle_of_streams(serve: Start) -> None:
         assert max(ends) - killed < 2
         until(lambda: client.get("/health").status_code == 200)
         assert text_of(ask(server)) == expected
+        again = ask(server, prompt=[5, 9] * 80).json()
+        assert again["choices"] == conversation["choices"]
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 128  # from the disk
         found = server.settled()
-        assert found["mixbit_worker_restarts_total"] == 1
-        assert found['mixbit_requests_total{outcome="failed"}'] == 4
-        assert found['mixbit_requests_total{outcome="completed"}'] == 2
+        for name, count in (
+            ("mixbit_worker_restarts_total", 1),
+            ('mixbit_requests_total{outcome="failed"}', 4),
+            ('mixbit_requests_total{outcome="completed"}', 4),
+        ):
+            assert found[name] - before[name] == count
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_request_that_makes_the_step_raise_fails_alone(serve: Start, streamed: bool) -> None:
-    with serve(step=0.01) as server, ThreadPoolExecutor(4) as pool:
+    with serve(step=STEP, share=True) as server, ThreadPoolExecutor(4) as pool:
         pid = server.worker().pid
-        alone = [text_of(ask(server, prompt=[9, number], max_tokens=30)) for number in range(3)]
-        others = [pool.submit(ask, server, prompt=[9, number], max_tokens=30) for number in range(3)]
+        alone = [text_of(ask(server, prompt=[9, number], max_tokens=12)) for number in range(3)]
+        others = [pool.submit(ask, server, prompt=[9, number], max_tokens=12) for number in range(3)]
         until(lambda: server.numbers()["mixbit_requests_running"] > 0)
         response = ask(server, prompt=[5, faulty.FAULT, 6], stream=streamed)
         if streamed:
@@ -129,10 +168,11 @@ def test_a_request_that_makes_the_step_raise_fails_alone(serve: Start, streamed:
 
 
 def test_a_device_that_always_fails_is_replaced(serve: Start) -> None:
-    with serve(step=0.001) as server, server.client() as client:
+    with serve(step=STEP, share=True) as server, server.client() as client:
+        before = server.numbers()["mixbit_worker_restarts_total"]
         statuses = {ask(server, prompt=[faulty.FAULT]).status_code for _ in range(3)}
         assert statuses <= {500, 503}
-        until(lambda: server.numbers()["mixbit_worker_restarts_total"] == 1)
+        until(lambda: server.numbers()["mixbit_worker_restarts_total"] == before + 1)
         until(lambda: client.get("/health").status_code == 200)
         text_of(ask(server))
 
@@ -141,7 +181,8 @@ def test_a_device_that_always_fails_is_replaced(serve: Start) -> None:
 @pytest.mark.parametrize("prompt", [[5, 6], [5, 6] * 1000])
 def test_a_client_that_vanishes_frees_its_slot_at_once(serve: Start, prompt: list[int], streamed: bool) -> None:
     """While it decodes, and while its long prompt is computed: 2,000 tokens are four steps."""
-    with serve("--max-running", "1", step=0.3) as server:
+    with serve("--max-running", "1", step=0.2, share=True) as server:
+        cancelled = server.numbers()['mixbit_requests_total{outcome="cancelled"}']
         gone = connection(server, {**LONG, "prompt": prompt, "stream": streamed})
         until(lambda: server.numbers()["mixbit_requests_running"] == 1)
         before = server.numbers()["mixbit_steps_total"]
@@ -150,11 +191,11 @@ def test_a_client_that_vanishes_frees_its_slot_at_once(serve: Start, prompt: lis
         # The step that ran, and at most one that began before the news came.
         assert server.numbers()["mixbit_steps_total"] - before <= 2
         text_of(ask(server))
-        assert server.settled()['mixbit_requests_total{outcome="cancelled"}'] == 1
+        assert server.settled()['mixbit_requests_total{outcome="cancelled"}'] == cancelled + 1
 
 
 def test_a_client_that_vanishes_from_the_queue(serve: Start) -> None:
-    with serve("--max-running", "1", step=STEP) as server:
+    with serve("--max-running", "1", step=0.2, share=True) as server:
         running, waiting = connection(server, LONG), connection(server, LONG)
         until(lambda: server.numbers()["mixbit_requests_waiting"] == 1)
         waiting.close()
@@ -164,7 +205,7 @@ def test_a_client_that_vanishes_from_the_queue(serve: Start) -> None:
 
 
 def test_a_client_that_reads_a_byte_a_second_holds_up_nobody(serve: Start) -> None:
-    with serve() as server:
+    with serve(share=True) as server:
         expected = text_of(ask(server, max_tokens=2000))
         memory = server.numbers()["process_resident_memory_bytes"]
         slow = connection(server, {**SHORT, "max_tokens": 2000, "stream": True}, receive_buffer=4096)
@@ -186,7 +227,8 @@ def test_a_client_that_reads_a_byte_a_second_holds_up_nobody(serve: Start) -> No
 
 
 def test_a_storm_of_requests_opened_and_dropped(serve: Start) -> None:
-    with serve("--max-running", "8", "--max-queue", "64") as server:
+    with serve(share=True) as server:
+        before = server.numbers()
         expected = text_of(ask(server))
 
         def drop(number: int) -> None:
@@ -203,8 +245,8 @@ def test_a_storm_of_requests_opened_and_dropped(serve: Start) -> None:
         until(lambda: ask(server).status_code != 429)
         assert text_of(ask(server)) == expected
         found = server.settled()
-        assert found["mixbit_worker_restarts_total"] == 0
-        assert found['mixbit_requests_total{outcome="failed"}'] == 0
+        for name in ("mixbit_worker_restarts_total", 'mixbit_requests_total{outcome="failed"}'):
+            assert found[name] == before[name]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -254,7 +296,7 @@ def test_a_second_sigterm_ends_at_once(serve: Start) -> None:
 
 def test_memory_too_small_for_a_request(serve: Start) -> None:
     """40 KB hold 512 tokens here at most. Where a context was asked for, a longer prompt is not the client's fault."""
-    with serve() as server:
+    with serve(share=True) as server:
         whole = server.numbers()["mixbit_cache_bytes"]
     memory = str(int(whole / 16 * 0.4))
     long = [5] * (CONTEXT - 200)
@@ -270,6 +312,27 @@ def test_memory_too_small_for_a_request(serve: Start) -> None:
                     refused = ask(server, prompt=long, stream=streamed)
                     assert (refused.status_code, error_of(refused)["code"]) == (status, code)
                 assert text_of(other.result()) == expected
+
+
+@pytest.mark.skipif(not _may_mount(), reason="no file system may be mounted here")
+def test_a_full_disk_under_the_cache(serve: Start, tmp_path: Path) -> None:
+    disk = tmp_path / "small"
+    disk.mkdir()
+    prompts = [[5 + number] * 1000 for number in range(4)]
+    with serve("--disk-cache", str(disk), within=(*UNSHARE, MOUNT, str(disk))) as server:
+        answers = [ask(server, prompt=prompt).json() for prompt in prompts]
+        until(lambda: "takes no more entries" in server.text())
+        for prompt, answer in zip(prompts, answers, strict=True):
+            again = ask(server, prompt=prompt).json()
+            assert again["choices"] == answer["choices"]
+            assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 999
+        server.worker().kill()
+        with server.client() as client:
+            until(lambda: server.numbers()["mixbit_worker_restarts_total"] == 1)
+            until(lambda: client.get("/health").status_code == 200)
+        again = ask(server, prompt=prompts[0]).json()  # what had its place is there
+        assert again["choices"] == answers[0]["choices"]
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
 
 
 def test_a_request_that_takes_too_long(serve: Start) -> None:
