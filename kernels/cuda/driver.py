@@ -244,8 +244,9 @@ class Device:
 
     @cached_property
     def arch(self) -> str:
-        """Compute capability as NVRTC takes it: "sm_90"."""
-        return f"sm_{self._attribute('COMPUTE_CAPABILITY_MAJOR')}{self._attribute('COMPUTE_CAPABILITY_MINOR')}"
+        """Compute capability as NVRTC takes it: "sm_80", and "sm_90a" for Hopper's own instructions."""
+        capability = f"{self._attribute('COMPUTE_CAPABILITY_MAJOR')}{self._attribute('COMPUTE_CAPABILITY_MINOR')}"
+        return f"sm_{capability}a" if capability == "90" else f"sm_{capability}"
 
     @cached_property
     def multiprocessors(self) -> int:

@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     prefill_experts(const u32* codes, const void* scales, const void* biases, const u32* up_codes, const void* up_scales,
                     const void* up_biases, const u16* x, u16* out, const int4* tiles, const int* tile_count, const int* order,
                     int top_k, int rows, int columns, int depth) {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   int expert = 0, start = blockIdx.y * BM, count = min(BM, rows - start);
   if (tiles != nullptr) {
     if ((int)blockIdx.y >= *tile_count) return;
@@ -36,11 +36,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int j = 0; j < N_TILES; j += STEP) {
-    const int column = first + (warp % WARPS_N * N_TILES + j) / STEP * 8 + lane % 4 * 2;
+    const int column = first + (warp / WARPS_M * N_TILES + j) / STEP * 8 + lane % 4 * 2;
     if (column >= columns) continue;
 #pragma unroll
     for (int i = 0; i < M_TILES * 2; i++) {
-      const int row = (warp / WARPS_N * M_TILES + i / 2) * 16 + i % 2 * 8 + lane / 4;
+      const int row = (warp % WARPS_M * M_TILES + i / 2) * 16 + i % 2 * 8 + lane / 4;
       if (row >= count) continue;
       float low = acc[i / 2][j][i % 2 * 2], high = acc[i / 2][j][i % 2 * 2 + 1];
       if (GATED) {

@@ -20,7 +20,7 @@ DEVICE void run(const Matrix& matrix, const u16* x, int tokens, int depth, unsig
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int j = 0; j < N_TILES; j++) {
-    const int column = first + warp % WARPS_N * N_TILES * 8 + j * 8 + lane % 4 * 2;
+    const int column = first + warp / WARPS_M * N_TILES * 8 + j * 8 + lane % 4 * 2;
     if (column >= rows) continue;
     const bool both = column + 1 < rows;
     float bias[2] = {0, 0};
@@ -30,7 +30,7 @@ DEVICE void run(const Matrix& matrix, const u16* x, int tokens, int depth, unsig
     }
 #pragma unroll
     for (int i = 0; i < M_TILES * 2; i++) {
-      const int row = token + (warp / WARPS_N * M_TILES + i / 2) * 16 + i % 2 * 8 + lane / 4;
+      const int row = token + (warp % WARPS_M * M_TILES + i / 2) * 16 + i % 2 * 8 + lane / 4;
       if (row >= tokens) continue;
       const float low = acc[i / 2][j][i % 2 * 2] + bias[0], high = acc[i / 2][j][i % 2 * 2 + 1] + bias[1];
       const u64 at = (u64)row * rows + column;
@@ -49,7 +49,7 @@ DEVICE void run(const Matrix& matrix, const u16* x, int tokens, int depth, unsig
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     prefill_linear(const Matrix* table, int matrices, const u16* x, int tokens, int depth) {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   int index = 0;
   while (index + 1 < matrices && (int)blockIdx.x >= table[index + 1].first_block) index++;
   const Matrix matrix = table[index];

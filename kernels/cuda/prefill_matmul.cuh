@@ -1,9 +1,10 @@
 // The main loop of y = x W^T on tensor cores, W as a checkpoint stores it: codes are expanded to bfloat16 tiles in
 // shared memory while the tensor cores work on the tile before.
 //
-// A block makes BM rows (tokens) by BN columns (rows of W), WARPS_M x WARPS_N warps, in steps of 64 along the depth.
-// STAGES activations tiles and as many tiles of codes are in flight. Defined by the including text: BM, BN, WARPS_M,
-// WARPS_N, STAGES.
+// A block makes BM rows (tokens) by BN columns (rows of W), in steps of 64 along the depth; its WARPS_M x WARPS_N warps
+// each make 16 x 128 of it or, where there are no warpgroup instructions, share a warpgroup's 64 x 128 in the same way.
+// STAGES tiles of activations and BUFFERS tiles of expanded weights are held. With three buffers the products of one step
+// run on while those of the next begin. Defined by the including text: BM, BN, WARPS_M, WARPS_N, STAGES, BUFFERS.
 
 #include "prefill_common.cuh"
 
@@ -12,8 +13,10 @@ constexpr int DEPTH = 64, CHUNKS = DEPTH / 8;
 constexpr int M_TILES = BM / WARPS_M / 16, N_TILES = BN / WARPS_N / 8;
 constexpr int RUNS = BN * 2 / THREADS;  // of 32 weights, a thread's share of a tile
 constexpr int COPIES = BM * CHUNKS / THREADS;
+constexpr int AHEAD = BUFFERS == 3 ? STAGES - 2 : STAGES - 1;  // steps that activations are fetched before their use
+constexpr int CODE_STAGES = AHEAD + 1;
 constexpr int X_BYTES = BM * DEPTH * 2, W_BYTES = BN * DEPTH * 2;
-static_assert(RUNS >= 1 && COPIES >= 1 && N_TILES % 2 == 0 && M_TILES >= 1, "shape of the block");
+static_assert(RUNS >= 1 && COPIES >= 1 && WARPS_M % 4 == 0 && M_TILES == 1 && N_TILES == 16, "shape of the block");
 
 // One matrix [rows, depth] of a stack; strides are those of the stored format.
 struct Weights {
@@ -28,23 +31,22 @@ template <int BITS_, int GROUP_, int DTYPE_>
 struct Format {
   static constexpr int BITS = BITS_, GROUP = GROUP_, DTYPE = DTYPE_;
   static constexpr bool DENSE = BITS >= 16;
-  // bfloat16 arithmetic expands codes below 128 with one rounding, as float32 would; wider ones go through float32.
-  static constexpr bool PAIRS = !DENSE && BITS < 8 && DTYPE == BF16;
+  // Codes are whole numbers in bfloat16, so that its arithmetic expands them with one rounding, as float32 would.
+  static constexpr bool PAIRS = !DENSE && DTYPE == BF16;
   static constexpr int VECTOR = BITS % 4 == 0 ? 16 : BITS % 2 == 0 ? 8 : 4;  // bytes of one copy
   static constexpr int VECTORS = BITS * 4 / VECTOR;                          // copies of a run
   static constexpr int RAW_BYTES = RUNS * THREADS * BITS * 4;
-  static constexpr int SHARED = STAGES * (X_BYTES + RAW_BYTES) + 2 * W_BYTES;
 };
 
-// Scale and bias of a run, as the expansion wants them.
+// Scale and bias of a run, as they lie in memory: nothing waits for them before they are used.
 template <class F>
 struct Affine {
   u32 scale, bias;
   DEVICE void load(const void* scales, const void* biases, u64 index, bool valid) {
     if (F::DENSE) return;
     if (F::PAIRS) {
-      scale = valid ? __ldg((const u16*)scales + index) * 0x10001u : 0;
-      bias = valid ? __ldg((const u16*)biases + index) * 0x10001u : 0;
+      scale = valid ? __ldg((const u16*)scales + index) : 0;
+      bias = valid ? __ldg((const u16*)biases + index) : 0;
     } else {
       scale = valid ? __float_as_uint(load_float(scales, index, F::DTYPE)) : 0;
       bias = valid ? __float_as_uint(load_float(biases, index, F::DTYPE)) : 0;
@@ -57,18 +59,29 @@ template <class F>
 DEVICE uint4 expand(const u32* words, int chunk, const Affine<F>& affine) {
   u32 out[4];
   constexpr u32 MASK = (1u << (F::BITS & 15)) - 1;
-  if (F::PAIRS && F::BITS == 4) {
+  u32 magic;
+  asm("mov.b32 %0, 0x43004300;" : "=r"(magic));  // 128 and 128; a register, so that one instruction masks and sets
+  const u32 scale = affine.scale * 0x10001u, bias = affine.bias * 0x10001u;  // of both of a pair
+  if constexpr (F::PAIRS && F::BITS == 4) {
     // Four shifts give the pairs (0, 4), (1, 5), (2, 6), (3, 7).
     u32 pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const u32 code = ((words[chunk] >> (4 * i)) & 0x000f000fu) | 0x43004300u;  // 128 + code
-      pairs[i] = fma_bf16x2(sub_bf16x2(code, 0x43004300u), affine.scale, affine.bias);
+      const u32 code = and_or(words[chunk] >> (4 * i), 0x000f000fu, magic);  // 128 + code
+      pairs[i] = fma_bf16x2(fma_bf16x2(code, 0x3f803f80u, 0xc300c300u), scale, bias);
     }
     out[0] = __byte_perm(pairs[0], pairs[1], 0x5410);
     out[1] = __byte_perm(pairs[2], pairs[3], 0x5410);
     out[2] = __byte_perm(pairs[0], pairs[1], 0x7632);
     out[3] = __byte_perm(pairs[2], pairs[3], 0x7632);
+  } else if constexpr (F::PAIRS && F::BITS == 8) {
+    // 128 + the low seven bits is the code itself where its high bit is set, and 128 too much where it is not.
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const u32 two = __byte_perm(words[chunk * 2 + i / 2], 0, i % 2 ? 0x4342 : 0x4140);
+      const u32 excess = (~two & 0x00800080u) * (0xc300 / 0x80);
+      out[i] = fma_bf16x2(fma_bf16x2((two & 0x007f007fu) | 0x43004300u, 0x3f803f80u, excess), scale, bias);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -77,12 +90,12 @@ DEVICE uint4 expand(const u32* words, int chunk, const Affine<F>& affine) {
       if (shift) two = shift + 2 * F::BITS > 32 ? __funnelshift_r(words[word], words[word + 1], shift) : two >> shift;
       if (F::PAIRS) {
         const u32 code = (two & MASK) | ((two << (16 - F::BITS)) & (MASK << 16)) | 0x43004300u;
-        out[i] = fma_bf16x2(sub_bf16x2(code, 0x43004300u), affine.scale, affine.bias);
+        out[i] = fma_bf16x2(fma_bf16x2(code, 0x3f803f80u, 0xc300c300u), scale, bias);
       } else {
-        const float scale = __uint_as_float(affine.scale), bias = __uint_as_float(affine.bias);
+        const float factor = __uint_as_float(affine.scale), offset = __uint_as_float(affine.bias);
         const float low = __uint_as_float(0x4b000000u | (two & MASK)) - 8388608.0f;
         const float high = __uint_as_float(0x4b000000u | ((two >> F::BITS) & MASK)) - 8388608.0f;
-        out[i] = pack_bf16(fmaf(low, scale, bias), fmaf(high, scale, bias));
+        out[i] = pack_bf16(fmaf(low, factor, offset), fmaf(high, factor, offset));
       }
     }
   }
@@ -104,14 +117,14 @@ DEVICE uint4 convert(const u32* words) {
 
 // acc = x rows times the columns [first, first + BN) of the matrix. With PAIRED, tiles of eight columns alternate
 // between `matrix` and `pair` (gate and up), BN / 2 columns of each. Row r of the block is row source(r) of x; rows >= count
-// are neither read nor computed, in steps of 16.
+// are not read.
 template <class F, bool PAIRED, class Source>
 DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, const Weights& matrix, const Weights& pair,
                      int first, const u16* x, int count, int depth, Source source) {
-  const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const u32 warp_m = warp / WARPS_N, warp_n = warp % WARPS_N;
-  const u32 x_tiles = shared_address(memory), w_tiles = x_tiles + STAGES * X_BYTES, raw = w_tiles + 2 * W_BYTES;
-  const unsigned char* raw_memory = memory + STAGES * X_BYTES + 2 * W_BYTES;
+  const u32 thread = threadIdx.x, warp = thread / 32;
+  const u32 warp_m = warp % WARPS_M, warp_n = warp / WARPS_M;
+  const u32 x_tiles = shared_address(memory), w_tiles = x_tiles + STAGES * X_BYTES, raw = w_tiles + BUFFERS * W_BYTES;
+  const unsigned char* raw_memory = memory + STAGES * X_BYTES + BUFFERS * W_BYTES;
   const int steps = (depth + DEPTH - 1) / DEPTH;
 
   // This thread's share of the activations: one chunk of COPIES rows.
@@ -120,12 +133,13 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
 #pragma unroll
   for (int i = 0; i < COPIES; i++) {
     const int row = x_row + i * (THREADS / CHUNKS);
-    x_from[i] = row < count ? x + (u64)source(row) * depth + x_chunk * 8 : nullptr;
+    x_from[i] = x + (u64)source(min(row, count - 1)) * depth + x_chunk * 8;
   }
+
+  const u32 x_place = tile_offset<CHUNKS>(x_row, x_chunk);
 
   // And of the weights: half a row of the tile for each run.
   const u32 half = thread % 2;
-  static_assert(RUNS == 1 || THREADS % 32 == 0, "all runs of a thread are of one matrix");
   const bool second = PAIRED && thread / 16 % 2;
   const void* scales = second ? pair.scales : matrix.scales;
   const void* biases = second ? pair.biases : matrix.biases;
@@ -139,14 +153,15 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
     group_base[r] = column * (depth / F::GROUP);
   }
 
+  const u32 w_place = w_tiles + tile_offset<CHUNKS>(thread / 2, half * 4);
+
   auto fetch_x = [&](int step) {
     const u32 tile = x_tiles + step % STAGES * X_BYTES;
     const bool inside = step * DEPTH + (int)x_chunk * 8 < depth;
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
-      const int row = x_row + i * (THREADS / CHUNKS);
-      const bool valid = inside && x_from[i] != nullptr;
-      copy_async<16>(tile + tile_offset<CHUNKS>(row, x_chunk), valid ? x_from[i] + step * DEPTH : x, valid);
+      const int row = x_row + i * (THREADS / CHUNKS);  // eight rows further lie the same within a tile
+      copy_async<16>(tile + x_place + i * (THREADS / CHUNKS * 128), x_from[i] + step * DEPTH, inside && row < count);
     }
   };
   auto fetch_codes = [&](int step) {
@@ -156,12 +171,12 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
     for (int r = 0; r < RUNS; r++)
 #pragma unroll
       for (int v = 0; v < F::VECTORS; v++)
-        copy_async<F::VECTOR>(raw + step % STAGES * F::RAW_BYTES + ((r * F::VECTORS + v) * THREADS + thread) * F::VECTOR,
+        copy_async<F::VECTOR>(raw + step % CODE_STAGES * F::RAW_BYTES + ((r * F::VECTORS + v) * THREADS + thread) * F::VECTOR,
                               codes[r] + (u64)step * (DEPTH / 8 * F::BITS) + v * F::VECTOR, true);
   };
   // Where copies are VECTOR bytes wide, word w of a run is in vector w * 4 / VECTOR.
   auto read_words = [&](u32* words, int step, int r, int from, int n) {
-    const unsigned char* at = raw_memory + step % STAGES * F::RAW_BYTES + thread * F::VECTOR;
+    const unsigned char* at = raw_memory + step % CODE_STAGES * F::RAW_BYTES + thread * F::VECTOR;
     constexpr int EACH = F::VECTOR / 4;
 #pragma unroll
     for (int w = 0; w < n; w += EACH) {
@@ -171,7 +186,7 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
       else words[w] = *(const u32*)place;
     }
   };
-  Affine<F> affine[RUNS], next[RUNS];
+  Affine<F> even[RUNS], odd[RUNS];  // of even and odd steps, fetched two steps before their use
   auto fetch_affine = [&](Affine<F>* to, int step) {
     const int column = step * DEPTH + half * 32;
 #pragma unroll
@@ -185,20 +200,18 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
     for (int r = 0; r < RUNS; r++) read_words(words[r], step, r, 0, WORDS);
   };
   // Chunk c (of 4) of this thread's runs of tile `step`, expanded into the tile's buffer.
-  auto expand_chunk = [&](int step, int c) {
+  auto expand_chunk = [&](int step, int c, const Affine<F>* affine) {
 #pragma unroll
     for (int r = 0; r < RUNS; r++) {
-      const u32 row = (thread + r * THREADS) / 2;
-      unsigned char* to = memory + STAGES * X_BYTES + step % 2 * W_BYTES + tile_offset<CHUNKS>(row, half * 4 + c);
       uint4 eight;
-      if (F::DENSE) {
+      if constexpr (F::DENSE) {
         read_words(words[r], step, r, c * WORDS, WORDS);
         eight = convert<F>(words[r]);
         if (step * DEPTH + (int)half * 32 >= depth) eight = make_uint4(0, 0, 0, 0);
       } else {
         eight = expand<F>(words[r], c, affine[r]);
       }
-      *(uint4*)to = eight;
+      store_shared((w_place + step % BUFFERS * W_BYTES + r * (THREADS / 2 * 128)) ^ (c * 16), eight);
     }
   };
 
@@ -211,46 +224,65 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
 
   fetch_codes(0);
 #pragma unroll
-  for (int s = 0; s < STAGES - 1; s++) {
+  for (int s = 0; s < AHEAD; s++) {
     if (s < steps) fetch_x(s);
     if (s + 1 < steps) fetch_codes(s + 1);
     commit_copies();
   }
-  fetch_affine(affine, 0);
-  wait_copies<STAGES - 2>();
+  fetch_affine(even, 0);
+  fetch_affine(odd, 1);
+  wait_copies<AHEAD - 1>();
   read_run(0);
 #pragma unroll
-  for (int c = 0; c < 4; c++) expand_chunk(0, c);
-  fetch_affine(affine, 1);
+  for (int c = 0; c < 4; c++) expand_chunk(0, c, even);
+  fetch_affine(even, 2);
 
-  const int rows_here = count - (int)warp_m * M_TILES * 16;  // rows of this warp that are wanted
-  for (int step = 0; step < steps; step++) {
-    wait_copies<STAGES - 2>();
+  // affine: of step + 1, to be replaced by those of step + 3.
+  auto advance = [&](int step, Affine<F>* affine) {
+    wait_copies<AHEAD - 1>();
+    const u32 x_tile = x_tiles + step % STAGES * X_BYTES, w_tile = w_tiles + step % BUFFERS * W_BYTES;
+#ifdef WARPGROUPS
+    if (BUFFERS == 2) wait_products<0>();
+    publish_tiles();
     __syncthreads();
-    if (step + STAGES - 1 < steps) fetch_x(step + STAGES - 1);
+    const u64 left = tile_descriptor(x_tile + warp_m / 4 * 64 * 128), right = tile_descriptor(w_tile + warp_n * 128 * 128);
+    begin_products();
+#pragma unroll
+    for (int c = 0; c < 4; c++) multiply_tiles(acc[0], left + 2 * c, right + 2 * c);
+    commit_products();
+#else
+    __syncthreads();
+#endif
     read_run(step + 1);
-    if (step + STAGES < steps) fetch_codes(step + STAGES);
+    if (step + AHEAD < steps) fetch_x(step + AHEAD);
+    if (step + AHEAD + 1 < steps) fetch_codes(step + AHEAD + 1);
     commit_copies();
-    fetch_affine(next, step + 2);
-    const u32 x_tile = x_tiles + step % STAGES * X_BYTES, w_tile = w_tiles + step % 2 * W_BYTES;
 #pragma unroll
     for (int c = 0; c < 4; c++) {
-      u32 right[N_TILES / 2][4];
+      expand_chunk(step + 1, c, affine);
+#ifndef WARPGROUPS
+      const u32 lane = thread % 32;
+      u32 left[4];
+      load_matrices(left, left_address<CHUNKS>(x_tile, warp_m * 16, c * 2, lane));
 #pragma unroll
-      for (int j = 0; j < N_TILES / 2; j++)
-        load_matrices(right[j], right_address<CHUNKS>(w_tile, warp_n * N_TILES * 8 + j * 16, c * 2, lane));
-      expand_chunk(step + 1, c);
-#pragma unroll
-      for (int i = 0; i < M_TILES; i++) {
-        if (i * 16 < rows_here) {
-          u32 left[4];
-          load_matrices(left, left_address<CHUNKS>(x_tile, (warp_m * M_TILES + i) * 16, c * 2, lane));
-#pragma unroll
-          for (int j = 0; j < N_TILES; j++) multiply_add(acc[i][j], left, right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
-        }
+      for (int j = 0; j < N_TILES / 2; j++) {
+        u32 right[4];
+        load_matrices(right, right_address<CHUNKS>(w_tile, warp_n * 128 + j * 16, c * 2, lane));
+        multiply_add(acc[0][2 * j], left, right[0], right[1]);
+        multiply_add(acc[0][2 * j + 1], left, right[2], right[3]);
       }
+#endif
     }
-#pragma unroll
-    for (int r = 0; r < RUNS; r++) affine[r] = next[r];
+    fetch_affine(affine, step + 3);
+#ifdef WARPGROUPS
+    if (BUFFERS == 3) wait_products<1>();
+#endif
+  };
+  for (int step = 0; step < steps; step += 2) {
+    advance(step, odd);
+    if (step + 1 < steps) advance(step + 1, even);
   }
+#ifdef WARPGROUPS
+  wait_products<0>();
+#endif
 }

@@ -9,7 +9,19 @@ import numpy as np
 
 from mixbit.kernels.cuda.compiler import Source
 from mixbit.kernels.cuda.driver import Addressed, Device, Function, Launch
-from mixbit.kernels.cuda.prefill import F32, GROUPED, MOST_SHARED, NULL, WIDE, Block, Format, Modules, Weights, ceil_div
+from mixbit.kernels.cuda.prefill import (
+    F32,
+    GROUPED,
+    LOW,
+    MOST_SHARED,
+    NULL,
+    WIDE,
+    Block,
+    Format,
+    Modules,
+    Weights,
+    ceil_div,
+)
 from mixbit.kernels.cuda.prefill_linear import Linear, Output, choose_block
 from mixbit.kernels.ops import MlpSpec, MoeSpec
 
@@ -39,7 +51,12 @@ def moe_applies(spec: MoeSpec) -> bool:
 
 
 def _fits(form: Format) -> bool:
-    return GROUPED.shared(form.bits) <= MOST_SHARED
+    return LOW.shared(form.bits) <= MOST_SHARED
+
+
+def _grouped(form: Format) -> Block:
+    """The block for grouped tokens: float32 weights leave no room for the larger one."""
+    return GROUPED if GROUPED.shared(form.bits) <= MOST_SHARED else LOW
 
 
 def _source(block: Block, form: Format, *, gated: bool) -> Source:
@@ -86,7 +103,7 @@ class Mlp:
 
     def __init__(self, device: Device, weights: MlpWeights, x: Addressed, hidden: Addressed, out: Addressed) -> None:
         self._device, self._weights, self._x, self._hidden, self._out = device, weights, x, hidden, out
-        self._blocks = [block for block in (WIDE, GROUPED) if _widest(weights, block) <= MOST_SHARED]
+        self._blocks = [block for block in (WIDE, GROUPED, LOW) if _widest(weights, block) <= MOST_SHARED]
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -167,7 +184,7 @@ class Moe:
     def sources(self) -> tuple[Source, ...]:
         """What must be compiled."""
         shared = () if self._shared is None else self._shared.sources
-        gated = _source(GROUPED, self._experts.gate.format, gated=True)
+        gated = _source(_grouped(self._experts.gate.format), self._experts.gate.format, gated=True)
         return (
             *self._gates.sources,
             *shared,
@@ -208,8 +225,18 @@ class Moe:
             *self._gates.launches(modules, tokens),
             Launch(around("prefill_route"), (ceil_div(tokens, 4), 1, 1), (128, 1, 1), route),
             Launch(around("prefill_group"), (1, 1, 1), (1024, 1, 1), group),
-            _product(GROUPED, modules, (experts.gate, experts.up), self._x, scratch.hidden, most, **tiles),
-            _product(GROUPED, modules, (experts.down,), scratch.hidden, scratch.results, most, **tiles),
+            _product(
+                _grouped(experts.gate.format),
+                modules,
+                (experts.gate, experts.up),
+                self._x,
+                scratch.hidden,
+                most,
+                **tiles,
+            ),
+            _product(
+                _grouped(experts.down.format), modules, (experts.down,), scratch.hidden, scratch.results, most, **tiles
+            ),
             *([] if self._shared is None else self._shared.launches(modules, tokens)),
             Launch(around("prefill_combine"), (tokens, 1, 1), (256, 1, 1), combine),
         ]

@@ -169,13 +169,18 @@ def linear_cases() -> Iterator[tuple[str, Callable[[Rig], float]]]:
 
 
 def mlp_case(rig: Rig, tokens: int, dim: int, hidden: int, bits: int | None) -> float:
-    """SwiGLU."""
+    """SwiGLU, with every shape of block."""
     tensors = Tensors(tokens)
     spec, x = tensors.mlp(dim, hidden, bits=bits), rounded(tensors.values(tokens, dim))
     out = rig.room(tokens, dim)
     made = prefill_moe.Mlp(rig.device, rig.mlp(spec), rig.put(x), rig.room(tokens, hidden), out)
-    rig.run(made.launches(rig.load(made.sources), tokens))
-    return error(rig.get(out, tokens, dim), mlp(spec, x))
+    blocks, worst = made._blocks, 0.0
+    for block in blocks:
+        made._blocks = [block]
+        out.fill(POISON)
+        rig.run(made.launches(rig.load(made.sources), tokens))
+        worst = max(worst, error(rig.get(out, tokens, dim), mlp(spec, x)))
+    return worst
 
 
 def moe_case(rig: Rig, tokens: int, **sizes: Any) -> float:
@@ -233,6 +238,7 @@ def mixture_cases() -> Iterator[tuple[str, Callable[[Rig], float]]]:
     yield "moe of few tokens", lambda rig: moe_case(rig, 9, dim=64, hidden=32, experts=100, top_k=2, normalize=False)
     yield "moe without a shared expert", lambda rig: moe_case(rig, 70, experts=4, top_k=1, shared=False)
     yield "moe without a shared gate", lambda rig: moe_case(rig, 70, bits=8, shared_gate=False)
+    yield "moe dense", lambda rig: moe_case(rig, 80, bits=None, router_bits=None)
     yield "moe of one crowd", lambda rig: moe_case(rig, 300, experts=2, top_k=2, bits=3)
     for experts, top_k, normalize in ((512, 10, True), (33, 33, False), (8, 2, True), (1, 1, True), (1100, 40, True)):
 
@@ -276,7 +282,7 @@ def delta_case(
         places = [Columns(x, int(start) * key_heads, width) for start, width in zip(starts, widths, strict=False)]
     builder.gated_delta(*places, spec)
     node = run_node(builder, ops.GatedDelta)
-    cache_config = CacheConfig(blocks=64, block_size=64, state_slots=6)
+    cache_config = CacheConfig(blocks=200, block_size=64, state_slots=6)
     sequences, reference = Sequences(cache_config, count=4), StatePool.zeros(spec, cache_config)
     conv = rig.device.put(np.full(reference.conv.shape, 7, BFLOAT16 if conv_dtype == "bfloat16" else np.float32))
     memory = rig.exact(np.full(reference.memory.shape, 7))
