@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import statistics
 import sys
 import time
@@ -300,6 +301,7 @@ def main() -> int:
     rows = [row for row in ROWS if any(fnmatchcase(row.name, glob) for glob in names)]
     if not rows:
         parser.error(f"no row is called {', '.join(names)}; there are: {', '.join(row.name for row in ROWS)}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # the sides end with us
     args.cache.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     benches: list[Bench] = []
