@@ -59,8 +59,9 @@ attention_write(Columns q, Columns k, Columns v, const float* q_weight, const fl
 
 // Attention of each row over what its sequence holds up to its position. Blocks: x counts SHARE query heads of one KV
 // head, y rows, z parts of the context; a warp takes a run of positions. Parts are joined by the last block to end.
-constexpr int WARPS = 4, SHARERS = HEADS / KV_HEADS, RUN = 8;
-constexpr int SHARE = SHARERS < MOST_SHARE ? SHARERS : MOST_SHARE, SETS = (SHARERS + SHARE - 1) / SHARE;
+constexpr int WARPS = 8, SHARERS = HEADS / KV_HEADS, RUN = 8, AT_ONCE = 4;
+constexpr int SHARE = SHARERS < 4 ? SHARERS : 4, SETS = (SHARERS + SHARE - 1) / SHARE;
+constexpr int SCORES = 4 * AT_ONCE;
 constexpr float LOWEST = -1e30f;
 
 DEVICE void load_lane(const T* p, int lane, float* out) {
@@ -72,11 +73,41 @@ DEVICE void load_lane(const T* p, int lane, float* out) {
   }
 }
 
+// All of the sixteen sums over the warp: halves change sides, so that each step adds twice as many lanes' values.
+DEVICE void sum_all(float* x, int lane) {
+#pragma unroll
+  for (int count = SCORES / 2, step = 16; count > 0; count /= 2, step /= 2) {
+    const bool high = lane & step;
+#pragma unroll
+    for (int i = 0; i < count; i++) {
+      const float kept = high ? x[i + count] : x[i], given = high ? x[i] : x[i + count];
+      x[i] = kept + __shfl_xor_sync(~0u, given, step);
+    }
+  }
+  const float sum = x[0] + __shfl_xor_sync(~0u, x[0], 1);
+#pragma unroll
+  for (int i = 0; i < SCORES; i++) x[i] = __shfl_sync(~0u, sum, 2 * i);
+}
+
+// What each of COUNT_OF parts, in neighbouring lanes, weighs: exp(most - highest); with the sum of totals so weighed.
+template <int COUNT_OF>
+DEVICE float weigh(float total, float& most, float& all) {
+  const float own = most;
+#pragma unroll
+  for (int step = COUNT_OF / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+  const float factor = power(own - most);
+  all = total * factor;
+#pragma unroll
+  for (int step = COUNT_OF / 2; step > 0; step /= 2) all += __shfl_xor_sync(~0u, all, step);
+  return factor;
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 attention(const T* queries, const T* keys, const T* cached, Columns gate, float* part_sums, float* part_totals,
           uint* arrived, T* out, Step step) {
   __shared__ float sums_of[WARPS][SHARE][COUNT * 32];
-  __shared__ float totals_of[WARPS][SHARE], most_of[WARPS][SHARE];
+  __shared__ float totals_of[WARPS][SHARE], most_of[WARPS][SHARE], factors[4][PARTS > WARPS ? PARTS : WARPS];
+  __shared__ float block_total[4], block_most[4];
   __shared__ bool last;
   let_next_start();
   wait_for_inputs();
@@ -98,9 +129,8 @@ attention(const T* queries, const T* keys, const T* cached, Columns gate, float*
 #pragma unroll
     for (int i = 0; i < COUNT; i++) sums[h][i] = 0;
   }
-  constexpr int AT_ONCE = 2;
   for (int first = begin; first < end; first += AT_ONCE) {
-    float scores[SHARE][AT_ONCE], values[AT_ONCE][COUNT];
+    float scores[SCORES] = {}, values[AT_ONCE][COUNT];
 #pragma unroll
     for (int p = 0; p < AT_ONCE; p++) {
       const int position = min(first + p, end - 1);
@@ -109,27 +139,27 @@ attention(const T* queries, const T* keys, const T* cached, Columns gate, float*
       load_lane(keys + (place * KV_HEADS + kv_head) * HEAD_DIM, lane, key);
       load_lane(cached + (place * KV_HEADS + kv_head) * HEAD_DIM, lane, values[p]);
 #pragma unroll
-      for (int h = 0; h < SHARE; h++) {
-        float score = 0;
+      for (int h = 0; h < SHARE; h++)
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) score += query[h][i] * key[i];
-        score = warp_sum(score);
-        scores[h][p] = first + p < end ? score : LOWEST;
-      }
+        for (int i = 0; i < COUNT; i++) scores[h * AT_ONCE + p] += query[h][i] * key[i];
     }
+    sum_all(scores, lane);
 #pragma unroll
     for (int h = 0; h < SHARE; h++) {
       float highest = most[h];
 #pragma unroll
-      for (int p = 0; p < AT_ONCE; p++) highest = fmaxf(highest, scores[h][p]);
-      const float kept = __expf(most[h] - highest);
+      for (int p = 0; p < AT_ONCE; p++) {
+        if (first + p >= end) scores[h * AT_ONCE + p] = LOWEST;
+        highest = fmaxf(highest, scores[h * AT_ONCE + p]);
+      }
+      const float kept = power(most[h] - highest);
       most[h] = highest;
       total[h] *= kept;
 #pragma unroll
       for (int i = 0; i < COUNT; i++) sums[h][i] *= kept;
 #pragma unroll
       for (int p = 0; p < AT_ONCE; p++) {
-        const float weight = first + p < end ? __expf(scores[h][p] - highest) : 0;
+        const float weight = first + p < end ? power(scores[h * AT_ONCE + p] - highest) : 0;
         total[h] += weight;
 #pragma unroll
         for (int i = 0; i < COUNT; i++) sums[h][i] += weight * values[p][i];
@@ -143,25 +173,28 @@ attention(const T* queries, const T* keys, const T* cached, Columns gate, float*
     if (lane == 0) totals_of[warp][h] = total[h], most_of[warp][h] = most[h];
   }
   __syncthreads();
+  if (warp == 0) {
+    const int h = min(lane / WARPS, SHARE - 1);
+    float highest = most_of[lane % WARPS][h], all;
+    factors[lane / WARPS][lane % WARPS] = weigh<WARPS>(totals_of[lane % WARPS][h], highest, all);
+    block_total[lane / WARPS] = all, block_most[lane / WARPS] = highest;
+  }
+  __syncthreads();
 
   const long long base = ((long long)token * gridDim.x + blockIdx.x) * gridDim.z;
   for (int e = threadIdx.x; e < SHARE * HEAD_DIM; e += WARPS * 32) {
     const int h = e / HEAD_DIM, i = e % HEAD_DIM, head = first_head + h;
-    float highest = LOWEST, sum = 0, all = 0;
+    float sum = 0;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, most_of[w][h]);
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      const float factor = __expf(most_of[w][h] - highest);
-      sum += sums_of[w][h][i] * factor;
-      all += totals_of[w][h] * factor;
-    }
+    for (int w = 0; w < WARPS; w++) sum += sums_of[w][h][i] * factors[h][w];
     if (parts > 1) {
-      const long long at = (base + blockIdx.z) * SHARE + h;
-      part_sums[at * HEAD_DIM + i] = sum;
-      if (i == 0) part_totals[2 * at] = all, part_totals[2 * at + 1] = highest;
+      part_sums[(base + blockIdx.z) * SHARE * HEAD_DIM + e] = sum;
+      if (i == 0) {
+        float* kept = part_totals + 2 * ((base + blockIdx.z) * SHARE + h);
+        kept[0] = block_total[h], kept[1] = block_most[h];
+      }
     } else if (head <= last_head) {
-      sum /= all;
+      sum /= block_total[h];
       if (gate.values != nullptr) sum *= sigmoid(column(gate, token, head, i));
       out[((long long)token * HEADS + head) * HEAD_DIM + i] = from_float<T>(sum);
     }
@@ -178,18 +211,20 @@ attention(const T* queries, const T* keys, const T* cached, Columns gate, float*
   __syncthreads();
   if (!last) return;
   __threadfence();
+  if (warp < 2) {
+    const int which = threadIdx.x / PARTS, h = min(which, SHARE - 1), p = threadIdx.x % PARTS;
+    const float* kept = part_totals + 2 * ((base + min(p, parts - 1)) * SHARE + h);
+    float highest = p < parts ? __ldcg(kept + 1) : LOWEST, all;
+    const float factor = weigh<PARTS>(p < parts ? __ldcg(kept) : 0, highest, all);
+    factors[which][p] = factor / all;
+  }
+  __syncthreads();
   for (int e = threadIdx.x; e < SHARE * HEAD_DIM; e += WARPS * 32) {
     const int h = e / HEAD_DIM, i = e % HEAD_DIM, head = first_head + h;
-    float highest = LOWEST, sum = 0, all = 0;
-    for (int p = 0; p < parts; p++) highest = fmaxf(highest, __ldcg(part_totals + 2 * ((base + p) * SHARE + h) + 1));
-    for (int p = 0; p < parts; p++) {
-      const long long at = (base + p) * SHARE + h;
-      const float factor = __expf(__ldcg(part_totals + 2 * at + 1) - highest);
-      sum += __ldcg(part_sums + at * HEAD_DIM + i) * factor;
-      all += __ldcg(part_totals + 2 * at) * factor;
-    }
+    float sum = 0;
+#pragma unroll 4
+    for (int p = 0; p < parts; p++) sum += __ldcg(part_sums + (base + p) * SHARE * HEAD_DIM + e) * factors[h][p];
     if (head > last_head) continue;
-    sum /= all;
     if (gate.values != nullptr) sum *= sigmoid(column(gate, token, head, i));
     out[((long long)token * HEADS + head) * HEAD_DIM + i] = from_float<T>(sum);
   }

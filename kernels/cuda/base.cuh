@@ -20,6 +20,9 @@ typedef bfloat T;
 DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 DEVICE void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// Bring what no kernel writes nearer before the wait.
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 DEVICE float to_float(float x) { return x; }
 DEVICE float to_float(bfloat x) { return __bfloat162float(x); }
 DEVICE float to_float(__half x) { return __half2float(x); }
@@ -29,8 +32,15 @@ DEVICE To from_float(float x) {
   else return __float2bfloat16(x);
 }
 
-DEVICE float silu(float x) { return x / (1 + __expf(-x)); }
-DEVICE float sigmoid(float x) { return 1 / (1 + __expf(-x)); }
+DEVICE float power(float x) {  // of e
+#ifdef FLOAT32
+  return expf(x);
+#else
+  return __expf(x);
+#endif
+}
+DEVICE float silu(float x) { return x / (1 + power(-x)); }
+DEVICE float sigmoid(float x) { return 1 / (1 + power(-x)); }
 
 DEVICE float warp_sum(float x) {
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);

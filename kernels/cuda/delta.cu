@@ -15,7 +15,7 @@ DEVICE int channel_of(int i, int head) {
                          : 2 * KEYS + head * VALUE_DIM + i - 2 * KEY_DIM;
 }
 
-DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(__expf(-fabsf(x))); }
+DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(power(-fabsf(x))); }
 
 extern "C" __global__ void __cluster_dims__(RATIO, 1, 1) __launch_bounds__(THREADS)
 delta(Columns q, Columns k, Columns v, Columns z, Columns b, Columns a, const float* taps, const float* rates,
@@ -66,7 +66,7 @@ delta(Columns q, Columns k, Columns v, Columns z, Columns b, Columns a, const fl
       }
       mixed[i] = silu(sum);
     }
-    const float decay = __expf(rate * softplus(column(a, token, key_head, place) + bias));
+    const float decay = power(rate * softplus(column(a, token, key_head, place) + bias));
     const float beta = sigmoid(column(b, token, key_head, place));
     __syncthreads();
 

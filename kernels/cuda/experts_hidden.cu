@@ -3,7 +3,7 @@
 // Hidden activations silu(gate x) * (up x) of the chosen experts, hidden [rows * TOP_K, HIDDEN], and WITH_SHARED of
 // the expert that every row goes through, shared_hidden [rows, SHARED_HIDDEN]. Blocks: x counts the pairs of a row
 // and a choice, then eights of rows for the shared expert; y counts sixteen rows of the matrices. Neighbouring blocks
-// share rows of an expert, which so come from memory once. TOP_K 0: only the shared one, a plain feed-forward.
+// share rows of an expert, which so come from memory once. WITH_NORM x is normed as in matvec.cu. TOP_K 0: only the shared one, a plain feed-forward.
 
 struct Operands {
   const void *gate, *gate_scales, *gate_biases, *up, *up_scales, *up_biases;
@@ -13,8 +13,8 @@ constexpr int THREADS = WARPS * 32;
 
 template <int GB, int GG, int GGS, typename GS, int UB, int UG, int UGS,
           typename US, int OUT>
-DEVICE void hidden_tile(const Operands& m, ulong expert, bool waited, const T* x, int columns, T* out,
-                        float (*partial)[2][4][32]) {
+DEVICE void hidden_tile(const Operands& m, ulong expert, bool waited, const T* x, const T* norm_weight, float eps,
+                        int columns, T* out, float (*partial)[2][4][32], float (*squares)[8]) {
   constexpr int GATE_COUNT = (GGS + WARPS - 1) / WARPS, UP_COUNT = (UGS + WARPS - 1) / WARPS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
   Slab<GB, GG, GATE_COUNT, GS> gate;
@@ -25,32 +25,33 @@ DEVICE void hidden_tile(const Operands& m, ulong expert, bool waited, const T* x
   gate.template load<GGS>(gate, m.gate, m.gate_scales, m.gate_biases, at, warp * GATE_COUNT, lane);
   up.template load<UGS>(up, m.up, m.up_scales, m.up_biases, at, warp * UP_COUNT, lane);
   if (!waited) wait_for_inputs();
-  float sums[2][1][4] = {};
-  {
-    Activations<GG, 1> a[GATE_COUNT];
+  float sums[2][1][4] = {}, square[4] = {}, unused[4] = {};
+  const T* row = g < columns ? x + (long long)g * DIM : nullptr;
+#ifndef WITH_NORM
+  norm_weight = nullptr;
+#endif
 #pragma unroll
-    for (int i = 0; i < GATE_COUNT; i++) {
-      const int group = warp * GATE_COUNT + i;
-      float values[GG / 4];
-      load_quarter<GG, DIM>(x + (long long)g * DIM, group, g < columns && group < GGS, lane, values);
-      a[i].template put<GB>(a[i], 0, values, lane);
-    }
-    gate.multiply(gate, a, sums[0], 1.0f);
-    if constexpr (GB == UB && GG == UG) {
-      up.multiply(up, a, sums[1], 1.0f);
-    }
+  for (int i = 0; i < GATE_COUNT; i++) {
+    const int group = warp * GATE_COUNT + i;
+    const bool there = group < GGS;
+    Activations<GG, 1> a;
+    a.template put<GB, DIM>(a, 0, there ? row : nullptr, there ? norm_weight : nullptr, group, lane, square);
+    gate.multiply(gate, i, a, sums[0], 1.0f);
+    if constexpr (GB == UB && GG == UG) up.multiply(up, i, a, sums[1], 1.0f);
   }
   if constexpr (GB != UB || GG != UG) {
-    Activations<UG, 1> a[UP_COUNT];
 #pragma unroll
     for (int i = 0; i < UP_COUNT; i++) {
       const int group = warp * UP_COUNT + i;
-      float values[UG / 4];
-      load_quarter<UG, DIM>(x + (long long)g * DIM, group, g < columns && group < UGS, lane, values);
-      a[i].template put<UB>(a[i], 0, values, lane);
+      const bool there = group < UGS;
+      Activations<UG, 1> a;
+      a.template put<UB, DIM>(a, 0, there ? row : nullptr, there ? norm_weight : nullptr, group, lane, unused);
+      up.multiply(up, i, a, sums[1], 1.0f);
     }
-    up.multiply(up, a, sums[1], 1.0f);
   }
+#ifdef WITH_NORM
+  keep(squares[warp], square, lane);
+#endif
 #pragma unroll
   for (int i = 0; i < 4; i++) partial[warp][0][i][lane] = sums[0][0][i], partial[warp][1][i][lane] = sums[1][0][i];
   __syncthreads();
@@ -63,13 +64,20 @@ DEVICE void hidden_tile(const Operands& m, ulong expert, bool waited, const T* x
       both[0] += partial[w][0][result_register(r, n)][result_lane(r, n)];
       both[1] += partial[w][1][result_register(r, n)][result_lane(r, n)];
     }
+#ifdef WITH_NORM
+    float all = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) all += squares[w][n];
+    const float factor = rsqrtf(all / DIM + eps);
+    both[0] *= factor, both[1] *= factor;
+#endif
     out[(long long)n * OUT + row] = from_float<T>(silu(both[0]) * both[1]);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-experts_hidden(const T* x, const int* experts, Operands routed, Operands shared, T* hidden, T* shared_hidden, int rows) {
-  __shared__ float partial[WARPS][2][4][32];
+extern "C" __global__ void __launch_bounds__(THREADS, THREADS <= 256 ? 768 / THREADS : 1)
+experts_hidden(const T* x, const T* norm_weight, float eps, const int* experts, Operands routed, Operands shared, T* hidden, T* shared_hidden, int rows) {
+  __shared__ float partial[WARPS][2][4][32], squares[WARPS][8];
   let_next_start();
   const int pairs = rows * TOP_K, job = blockIdx.x;
 #if TOP_K > 0
@@ -77,7 +85,8 @@ experts_hidden(const T* x, const int* experts, Operands routed, Operands shared,
     wait_for_inputs();
     if (blockIdx.y * 16 < HIDDEN)
       hidden_tile<GATE_BITS, GATE_GROUP, GATE_GROUPS, GATE_SCALE, UP_BITS, UP_GROUP, UP_GROUPS, UP_SCALE, HIDDEN>(
-          routed, experts[job], true, x + (long long)(job / TOP_K) * DIM, 1, hidden + (long long)job * HIDDEN, partial);
+          routed, experts[job], true, x + (long long)(job / TOP_K) * DIM, norm_weight, eps, 1,
+          hidden + (long long)job * HIDDEN, partial, squares);
     return;
   }
 #endif
@@ -86,8 +95,8 @@ experts_hidden(const T* x, const int* experts, Operands routed, Operands shared,
   if (blockIdx.y * 16 < SHARED_HIDDEN)
     hidden_tile<SHARED_GATE_BITS, SHARED_GATE_GROUP, SHARED_GATE_GROUPS, SHARED_GATE_SCALE, SHARED_UP_BITS,
                 SHARED_UP_GROUP, SHARED_UP_GROUPS, SHARED_UP_SCALE, SHARED_HIDDEN>(
-        shared, 0, false, x + (long long)first * DIM, min(8, rows - first), shared_hidden + (long long)first * SHARED_HIDDEN,
-        partial);
+        shared, 0, false, x + (long long)first * DIM, norm_weight, eps, min(8, rows - first),
+        shared_hidden + (long long)first * SHARED_HIDDEN, partial, squares);
   else
     wait_for_inputs();
 #endif

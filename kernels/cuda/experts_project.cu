@@ -22,14 +22,14 @@ DEVICE void project(const Operands& m, ulong expert, const T* h, float weight, i
   for (int first = part * COUNT; first < GROUPS; first += parts * COUNT) {
     Slab<BITS, GROUP, COUNT, S> slab;
     slab.template load<GROUPS>(slab, m.codes, m.scales, m.biases, at, first, lane);
-    Activations<GROUP, 1> a[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-      float values[GROUP / 4];
-      load_quarter<GROUP, IN>(h, first + i, lane < 4 && first + i < GROUPS, lane, values);
-      a[i].template put<BITS>(a[i], 0, values, lane);
+      Activations<GROUP, 1> a;
+      float unused[4] = {};
+      const T* row = lane < 4 && first + i < GROUPS ? h : nullptr;
+      a.template put<BITS, IN>(a, 0, row, nullptr, first + i, lane, unused);
+      slab.multiply(slab, i, a, sums, weight);
     }
-    slab.multiply(slab, a, sums, weight);
   }
 }
 

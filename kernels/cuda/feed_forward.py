@@ -33,6 +33,7 @@ class MoeWeights:
 def _hidden(
     kind: Kind,
     x: Addressed,
+    norm: FoldedNorm | None,
     chosen: Addressed | np.uint64,
     routed: MlpWeights | None,
     shared: MlpWeights | None,
@@ -58,7 +59,10 @@ def _hidden(
     shared_parts = [NULL.item()] * 6 if shared is None else [*addresses(shared.gate), *addresses(shared.up)]
     widest = max(part.gate.rows for part in (routed, shared) if part is not None)
     jobs = rows * top_k + (0 if shared is None else ceil_div(rows, 8))
-    arguments = (x, chosen, as_struct("<6Q", *parts), as_struct("<6Q", *shared_parts), *outs, np.int32(rows))
+    if norm is not None:
+        defines.append("WITH_NORM")
+    normed = (NULL, np.float32(0)) if norm is None else (norm.weight, np.float32(norm.eps))
+    arguments = (x, *normed, chosen, as_struct("<6Q", *parts), as_struct("<6Q", *shared_parts), *outs, np.int32(rows))
     grid = (jobs, ceil_div(widest, _ROWS), 1)
     return Planned(Source("experts_hidden.cu", tuple(defines)), "experts_hidden", grid, 32 * warps, arguments)
 
@@ -76,7 +80,7 @@ def mlp(
     width = 4 if kind.dtype == "float32" else 2
     hidden = scratch("hidden", rows * weights.gate.rows * width)
     return [
-        _hidden(kind, x, NULL, None, weights, (NULL, hidden), 0, rows),
+        _hidden(kind, x, None, NULL, None, weights, (NULL, hidden), 0, rows),
         linear(kind, hidden, [Output(weights.down, out)], rows, residual=residual),
     ]
 
@@ -100,15 +104,14 @@ def moe(
     chosen, factors = scratch("experts", pairs * 4), scratch("expert weights", pairs * 4)
     hidden = scratch("hidden", pairs * experts.gate.rows * width)
     shared_hidden = NULL if shared is None else scratch("shared hidden", rows * shared.gate.rows * width)
-    normed = None if norm is None else scratch("normed", rows * weights.router.depth * width)
     arrived = scratch("routers arrived", ceil_div(rows, 8) * 4)
     outputs = [Output(weights.router, logits, exact=True)]
     if weights.shared_gate is not None:
         outputs.append(Output(weights.shared_gate, shared_logit, exact=True))
-    choice = Choice(weights.top_k, weights.normalize, chosen, factors, normed, arrived)
+    choice = Choice(weights.top_k, weights.normalize, chosen, factors, arrived)
     return [
         linear(kind, x, outputs, rows, norm=norm, choice=choice),
-        _hidden(kind, normed or x, chosen, experts, shared, (hidden, shared_hidden), weights.top_k, rows),
+        _hidden(kind, x, norm, chosen, experts, shared, (hidden, shared_hidden), weights.top_k, rows),
         _project(kind, weights, (hidden, shared_hidden, chosen, factors, shared_logit), out, rows, residual),
     ]
 

@@ -30,7 +30,7 @@ class Output:
 
 @dataclass(frozen=True, eq=False)
 class FoldedNorm:
-    """The norm that the input goes through. weight: float32."""
+    """The norm that the input goes through. weight: of the type of activations."""
 
     weight: Addressed
     eps: float
@@ -38,13 +38,12 @@ class FoldedNorm:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The choice of experts from the first output. normed: where the input after its norm is kept, if it has one."""
+    """The choice of experts from the first output."""
 
     top_k: int
     normalize: bool
     experts: Addressed
     weights: Addressed
-    normed: Addressed | None
     arrived: Addressed  # a zero for each sixteen rows
 
 
@@ -105,7 +104,7 @@ def linear(
         f"MOST_TILES {max(tiles)}",
         f"MATRICES(F) {' '.join(matrices)}",
     ]
-    chosen = [0, 0, 0, 0]
+    chosen = [0, 0, 0]
     if norm is not None:
         defines.append("WITH_NORM")
     if residual is not None:
@@ -116,7 +115,7 @@ def linear(
             f"EXPERTS {outputs[0].weights.rows}",
             f"NORMALIZE {int(choice.normalize)}",
         ]
-        chosen = [address(part) for part in (choice.experts, choice.weights, choice.normed, choice.arrived)]
+        chosen = [address(part) for part in (choice.experts, choice.weights, choice.arrived)]
     places = [addresses(output.weights) for output in outputs]
     operands = [*(part for parts in zip(*places, strict=True) for part in parts)]
     operands += [address(output.bias) for output in outputs] + [output.out.address for output in outputs]
@@ -126,7 +125,7 @@ def linear(
         np.float32(0 if norm is None else norm.eps),
         NULL if residual is None else residual,
         as_struct(f"<{len(operands)}Q", *operands),
-        as_struct("<4Q", *chosen),
+        as_struct("<3Q", *chosen),
         np.int32(rows),
     )
     grid = (sum(blocks), ceil_div(rows, 8 * columns), 1)

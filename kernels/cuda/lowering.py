@@ -90,7 +90,7 @@ class Lowering:
         bound, at, node = self._bound, self.places, work.node
         kind, store = bound.kind, bound.store
         x = at[work.reads[0]] if work.reads else None
-        norm = None if work.norm is None else FoldedNorm(store.vector(work.norm.weight), work.norm.eps)
+        norm = None if work.norm is None else FoldedNorm(store.values(work.norm.weight), work.norm.eps)
         residual = None if work.residual is None else at[work.residual]
         out = at[work.writes[0]]
         match node:

@@ -4,10 +4,10 @@
 // F(i, BITS, GROUP, GROUPS, OUT, BLOCKS, TILES, SCALE_TYPE, OUT_TYPE). Blocks: x counts those of the first matrix,
 // then of the next, each TILES times sixteen rows; y counts 8 * COLUMNS rows of x. The WARPS of a block share the
 // groups of a row, each at most MOST_DEPTH values of it at a time.
-//   WITH_NORM      x is first normed: x / sqrt(mean(x^2) + eps) * norm_weight
+//   WITH_NORM      x is normed: W (x / sqrt(mean(x^2) + eps) * norm_weight), the root taken out of the product
 //   WITH_RESIDUAL  ... + residual [rows, OUT], for a single matrix
 //   TOP_K          matrix 0 gives the logits of EXPERTS experts: the last block to end picks the best of them and
-//                  their weights (renormalised if NORMALIZE), and the first one keeps the normed x
+//                  their weights (renormalised if NORMALIZE)
 
 struct Operands {
   const void* codes[MATRIX_COUNT];
@@ -20,7 +20,6 @@ struct Operands {
 struct Chosen {
   int* experts;    // [rows, TOP_K]
   float* weights;  // [rows, TOP_K]
-  T* normed;       // [rows, DIM]
   uint* arrived;   // [blocks of rows], zero between launches
 };
 
@@ -47,7 +46,7 @@ DEVICE void choose(const float* logits, int* experts, float* weights, int lane) 
   const float top = __uint_as_float(highest & 0x80000000 ? highest & 0x7fffffff : ~highest);
   float total = 0;
 #pragma unroll
-  for (int i = 0; i < EACH; i++) total += __expf(values[i] - top);
+  for (int i = 0; i < EACH; i++) total += power(values[i] - top);
   total = warp_sum(total);
   float mine[(TOP_K + 31) / 32] = {}, sum = 0;
   for (int k = 0; k < TOP_K; k++) {
@@ -58,7 +57,7 @@ DEVICE void choose(const float* logits, int* experts, float* weights, int lane) 
       if (values[i] > largest) largest = values[i], at = i;
     const uint found = __reduce_max_sync(~0u, ordered(largest));
     const uint expert = __reduce_min_sync(~0u, ordered(largest) == found ? at * 32 + lane : ~0u);
-    const float weight = __expf(__uint_as_float(found & 0x80000000 ? found & 0x7fffffff : ~found) - top) / total;
+    const float weight = power(__uint_as_float(found & 0x80000000 ? found & 0x7fffffff : ~found) - top) / total;
     sum += weight;
 #pragma unroll
     for (int i = 0; i < EACH; i++)
@@ -75,8 +74,8 @@ DEVICE void choose(const float* logits, int* experts, float* weights, int lane) 
 #endif
 
 template <int BITS, int GROUP, int GROUPS, int OUT, int TILES, typename S, typename O>
-DEVICE void tiles(const T* x, const float* norm_weight, float eps, const T* residual, const void* codes,
-                  const void* scales, const void* biases, const float* bias, O* out, T* normed, int block, int rows,
+DEVICE void tiles(const T* x, const T* norm_weight, float eps, const T* residual, const void* codes,
+                  const void* scales, const void* biases, const float* bias, O* out, int block, int rows,
                   float (*partial)[COLUMNS * 4][32], float (*squares)[COLUMNS * 8]) {
   constexpr int EACH = (GROUPS + WARPS - 1) / WARPS, MOST = MOST_DEPTH / GROUP;
   constexpr int COUNT = EACH < MOST ? EACH : MOST, PASSES = (EACH + COUNT - 1) / COUNT;
@@ -90,67 +89,29 @@ DEVICE void tiles(const T* x, const float* norm_weight, float eps, const T* resi
     slab.template load<GROUPS>(slab, codes, scales, biases, at, (pass * WARPS + warp) * COUNT, lane);
   };
   load(0, 0);
-  wait_for_inputs();
-
-  float factors[COLUMNS];
-#pragma unroll
-  for (int c = 0; c < COLUMNS; c++) factors[c] = 1;
 #ifdef WITH_NORM
 #pragma unroll
-  for (int c = 0; c < COLUMNS; c++) {
-    const int token = first_token + c * 8 + lane / 4;
-    float square = 0;
-    for (int pass = 0; pass < PASSES; pass++) {
-#pragma unroll
-      for (int i = 0; i < COUNT; i++) {
-        const int group = (pass * WARPS + warp) * COUNT + i;
-        float values[GROUP / 4];
-        load_quarter<GROUP, DIM>(x + (long long)token * DIM, group, token < rows && group < GROUPS, lane, values);
-#pragma unroll
-        for (int j = 0; j < GROUP / 4; j++) square += values[j] * values[j];
-      }
-    }
-    square += __shfl_xor_sync(~0u, square, 1);
-    square += __shfl_xor_sync(~0u, square, 2);
-    if (lane % 4 == 0) squares[warp][c * 8 + lane / 4] = square;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int c = 0; c < COLUMNS; c++) {
-    float square = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) square += squares[w][c * 8 + lane / 4];
-    factors[c] = rsqrtf(square / DIM + eps);
-  }
+  for (int i = 0; i < COUNT; i++)
+    prefetch(norm_weight + min((warp * COUNT + i) * GROUP + lane % 4 * (GROUP / 4), DIM - 1));
 #endif
-  float sums[TILES][COLUMNS][4] = {};
+  wait_for_inputs();
+
+  float sums[TILES][COLUMNS][4] = {}, square[COLUMNS][4] = {};
   for (int pass = 0; pass < PASSES; pass++) {
     Activations<GROUP, COLUMNS> activations[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
       const int group = (pass * WARPS + warp) * COUNT + i;
-#ifdef WITH_NORM
-      float weight[GROUP / 4];
-      load_quarter<GROUP, DIM>(norm_weight, group, group < GROUPS, lane, weight);
-#endif
 #pragma unroll
       for (int c = 0; c < COLUMNS; c++) {
         const int token = first_token + c * 8 + lane / 4;
-        float values[GROUP / 4];
-        load_quarter<GROUP, DIM>(x + (long long)token * DIM, group, token < rows && group < GROUPS, lane, values);
+        const T* row = token < rows && group < GROUPS ? x + (long long)token * DIM : nullptr;
 #ifdef WITH_NORM
-#pragma unroll
-        for (int j = 0; j < GROUP / 4; j++) values[j] *= factors[c] * weight[j];
-#ifdef TOP_K
-        if (normed != nullptr && token < rows && group < GROUPS) {
-          const int at = group * GROUP + lane % 4 * (GROUP / 4);
-#pragma unroll
-          for (int j = 0; j < GROUP / 4; j++)
-            if (at + j < DIM) normed[(long long)token * DIM + at + j] = from_float<T>(values[j]);
-        }
+        const T* weights = group < GROUPS ? norm_weight : nullptr;
+#else
+        const T* weights = nullptr;
 #endif
-#endif
-        activations[i].template put<BITS>(activations[i], c, values, lane);
+        activations[i].template put<BITS, DIM>(activations[i], c, row, weights, group, lane, square[c]);
       }
     }
 #pragma unroll
@@ -158,7 +119,8 @@ DEVICE void tiles(const T* x, const float* norm_weight, float eps, const T* resi
       Slab<BITS, GROUP, COUNT, S> now = slab;
       if (tile + 1 < TILES) load(pass, tile + 1);
       else if (pass + 1 < PASSES) load(pass + 1, 0);
-      now.multiply(now, activations, sums[tile], 1.0f);
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) now.multiply(now, i, activations[i], sums[tile], 1.0f);
     }
   }
 #pragma unroll
@@ -167,6 +129,10 @@ DEVICE void tiles(const T* x, const float* norm_weight, float eps, const T* resi
     for (int c = 0; c < COLUMNS; c++)
 #pragma unroll
       for (int i = 0; i < 4; i++) partial[warp * TILES + tile][c * 4 + i][lane] = sums[tile][c][i];
+#ifdef WITH_NORM
+#pragma unroll
+  for (int c = 0; c < COLUMNS; c++) keep(squares[warp] + c * 8, square[c], lane);
+#endif
   __syncthreads();
   for (int i = threadIdx.x; i < TILES * 16 * COLUMNS * 8; i += THREADS) {
     const int r = i % 16, tile = i / 16 % TILES, n = i / (16 * TILES);
@@ -175,6 +141,12 @@ DEVICE void tiles(const T* x, const float* norm_weight, float eps, const T* resi
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) sum += partial[w * TILES + tile][n / 8 * 4 + result_register(r, n % 8)][result_lane(r, n % 8)];
+#ifdef WITH_NORM
+    float all = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) all += squares[w][n];
+    sum *= rsqrtf(all / DIM + eps);
+#endif
     if (bias != nullptr) sum += bias[row];
 #ifdef WITH_RESIDUAL
     sum += to_float(residual[(long long)token * OUT + row]);
@@ -184,7 +156,7 @@ DEVICE void tiles(const T* x, const float* norm_weight, float eps, const T* resi
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-matvec(const T* x, const float* norm_weight, float eps, const T* residual, Operands operands, Chosen chosen, int rows) {
+matvec(const T* x, const T* norm_weight, float eps, const T* residual, Operands operands, Chosen chosen, int rows) {
   __shared__ float partial[WARPS * MOST_TILES][COLUMNS * 4][32], squares[WARPS][COLUMNS * 8];
   let_next_start();
   int block = blockIdx.x;
@@ -192,8 +164,7 @@ matvec(const T* x, const float* norm_weight, float eps, const T* residual, Opera
   if (block >= 0 && block < BLOCKS)                                                                                 \
     tiles<BITS, GROUP, GROUPS, OUT, TILES, S, O>(x, norm_weight, eps, residual, operands.codes[i],                  \
                                                  operands.scales[i], operands.biases[i], operands.bias[i],          \
-                                                 (O*)operands.out[i], i == 0 && block == 0 ? chosen.normed : nullptr, \
-                                                 block, rows, partial, squares);                                                      \
+                                                 (O*)operands.out[i], block, rows, partial, squares);                                                      \
   block -= BLOCKS;
   MATRICES(TRY)
 #undef TRY

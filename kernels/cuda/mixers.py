@@ -14,6 +14,7 @@ from mixbit.kernels.cuda.plan import NULL, Planned, Scratch
 from mixbit.kernels.cuda.step import StepData, as_struct
 from mixbit.kernels.executor import BackendError
 
+_SHARE = 4  # query heads of a block: SHARE of attention.cu
 _PARTS = 16  # of a context, where there are few rows
 _FEW_ROWS = 64
 _MOST_CLUSTER = 8  # blocks that every device can start together
@@ -63,9 +64,8 @@ def attention(
 ) -> list[Planned]:
     """Write the cache, then attend: two launches. inputs: q, k, v and gate."""
     spec = node.spec
-    most_share = 8 if spec.head_dim <= 256 else 2
     sharers = spec.heads // spec.kv_heads
-    share = min(sharers, most_share)
+    share = min(sharers, _SHARE)
     blocks = spec.kv_heads * -(-sharers // share)
     splits = _PARTS if rows <= _FEW_ROWS else 1
     width = 4 if kind.dtype == "float32" else 2
@@ -82,7 +82,7 @@ def attention(
             f"HEAD_DIM {spec.head_dim}",
             f"BLOCK {block_size}",
             f"HALF {0 if spec.rope is None else len(spec.rope.inv_freq)}",
-            f"MOST_SHARE {most_share}",
+            f"PARTS {_PARTS}",
         ),
     )
     q, k, v, gate = inputs
@@ -99,7 +99,7 @@ def attention(
     attend = (queries, parts.keys, parts.values, gate, sums, totals, arrived, out, data.step)
     return [
         Planned(source, "attention_write", (spec.heads + 2 * spec.kv_heads, rows, 1), 32, write),
-        Planned(source, "attention", (blocks, rows, splits), 128, attend),
+        Planned(source, "attention", (blocks, rows, splits), 256, attend),
     ]
 
 

@@ -186,7 +186,7 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
       else words[w] = *(const u32*)place;
     }
   };
-  Affine<F> even[RUNS], odd[RUNS];  // of even and odd steps, fetched two steps before their use
+  Affine<F> even[RUNS], odd[RUNS];  // of even and odd steps, fetched a step before their use
   auto fetch_affine = [&](Affine<F>* to, int step) {
     const int column = step * DEPTH + half * 32;
 #pragma unroll
@@ -235,15 +235,17 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
   read_run(0);
 #pragma unroll
   for (int c = 0; c < 4; c++) expand_chunk(0, c, even);
-  fetch_affine(even, 2);
 
-  // affine: of step + 1, to be replaced by those of step + 3.
-  auto advance = [&](int step, Affine<F>* affine) {
+  // affine: of step + 1; those of this step make room for those of step + 2. They are fetched early in a step: the fence
+  // at the end of the next expansion waits for every load before it.
+  auto advance = [&](int step, const Affine<F>* affine, Affine<F>* later) {
     wait_copies<AHEAD - 1>();
     const u32 x_tile = x_tiles + step % STAGES * X_BYTES, w_tile = w_tiles + step % BUFFERS * W_BYTES;
 #ifdef WARPGROUPS
     if (BUFFERS == 2) wait_products<0>();
+#ifndef TEST_NOFENCE
     publish_tiles();
+#endif
     __syncthreads();
     const u64 left = tile_descriptor(x_tile + warp_m / 4 * 64 * 128), right = tile_descriptor(w_tile + warp_n * 128 * 128);
     begin_products();
@@ -253,6 +255,7 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
 #else
     __syncthreads();
 #endif
+    fetch_affine(later, step + 2);
     read_run(step + 1);
     if (step + AHEAD < steps) fetch_x(step + AHEAD);
     if (step + AHEAD + 1 < steps) fetch_codes(step + AHEAD + 1);
@@ -273,14 +276,13 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
       }
 #endif
     }
-    fetch_affine(affine, step + 3);
 #ifdef WARPGROUPS
     if (BUFFERS == 3) wait_products<1>();
 #endif
   };
   for (int step = 0; step < steps; step += 2) {
-    advance(step, odd);
-    if (step + 1 < steps) advance(step + 1, even);
+    advance(step, odd, even);
+    if (step + 1 < steps) advance(step + 1, even, odd);
   }
 #ifdef WARPGROUPS
   wait_products<0>();

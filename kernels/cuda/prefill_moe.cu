@@ -69,7 +69,8 @@ extern "C" __global__ void __launch_bounds__(1024)
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   for (int e = thread; e < EXPERTS; e += 1024) counts[e] = 0;
   __syncthreads();
-  for (int pair = thread; pair < pairs; pair += 1024) atomicAdd(&counts[experts[pair]], 1);
+#pragma unroll 4
+  for (int pair = thread; pair < pairs; pair += 1024) atomicAdd(&counts[__ldg(experts + pair)], 1);
   __syncthreads();
   // Each thread scans a run of experts, then runs are scanned within and across warps.
   constexpr int RUN = (EXPERTS + 1023) / 1024;
@@ -93,8 +94,9 @@ extern "C" __global__ void __launch_bounds__(1024)
   }
   if (thread == 1023) *tile_count = block;
   __syncthreads();
+#pragma unroll 4
   for (int pair = thread; pair < pairs; pair += 1024) {
-    const int at = atomicAdd(&counts[experts[pair]], 1);
+    const int at = atomicAdd(&counts[__ldg(experts + pair)], 1);
     order[at] = pair, row_of[pair] = at;
   }
 }

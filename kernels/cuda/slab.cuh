@@ -69,37 +69,105 @@ DEVICE uint code_pair(const uint* words, int j, int h) {
   }
 }
 
-// One group of activations, as a lane holds it: 8 * SETS of them.
+// One group of 8 * SETS activations as a lane holds it, each times a weight where a norm is folded in.
 template <int GROUP, int SETS>
 struct Activations {
-  uint b[PARTS][SETS][GROUP / 16][2];
+  static constexpr int STEPS = GROUP / 16;
+  uint b[PARTS][SETS][STEPS][2];
   float sums[SETS][2];  // of activations 2 t and 2 t + 1: those of this lane's results
 
-  // values: this lane's quarter of column `column` * 8 + g.
-  template <int BITS>
-  DEVICE void put(Activations& self, int column, float* values, int lane) {
-    float sum = 0;
+  // Column `set` * 8 + g: the row at x [LENGTH], or zeros if it is null. squares: sums of squares so far, for keep().
+  template <int BITS, int LENGTH>
+  DEVICE void put(Activations& self, int set, const T* x, const T* weights, int group, int lane, float* squares) {
+    const int at = group * GROUP + lane % 4 * (GROUP / 4);
+    const bool whole = at + GROUP / 4 <= LENGTH && LENGTH % GROUP == 0;
+#ifdef FLOAT32
+    float values[GROUP / 4];
+#pragma unroll
+    for (int i = 0; i < GROUP / 4; i++) {
+      values[i] = x != nullptr && at + i < LENGTH ? x[at + i] : 0;
+      squares[0] += values[i] * values[i];
+      if (weights != nullptr && at + i < LENGTH) values[i] *= weights[at + i];
+    }
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
 #pragma unroll
-      for (int j = 0; j < GROUP / 16; j++) {
+      for (int j = 0; j < STEPS; j++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
-          self.b[part][column][j][h] = pack(values[first_code<BITS>(j, h)], values[second_code<BITS>(j, h)]);
+          self.b[part][set][j][h] = pack(values[first_code<BITS>(j, h)], values[second_code<BITS>(j, h)]);
+#pragma unroll
+      for (int i = 0; i < GROUP / 4; i++) values[i] -= __bfloat162float(__float2bfloat16(values[i]));
+    }
+#else
+    alignas(16) uint words[GROUP / 8];
+    read<LENGTH>(x, at, whole, words);
+    if (weights != nullptr) {
+      alignas(16) uint scales[GROUP / 8];
+      read<LENGTH>(weights, at, whole, scales);
+#pragma unroll
+      for (int j = 0; j < STEPS; j++) {  // the diagonal of x x^T
+        const uint a[4] = {words[2 * j], 0, words[2 * j + 1], 0};
+        mma(squares, a, words + 2 * j);
       }
 #pragma unroll
-      for (int i = 0; i < GROUP / 4; i++) {
-        const float rounded = __bfloat162float(__float2bfloat16(values[i]));
-        sum += rounded;
-        values[i] -= rounded;
+      for (int i = 0; i < GROUP / 8; i++) {
+        const __nv_bfloat162 product = __hmul2(*(const __nv_bfloat162*)(words + i), *(const __nv_bfloat162*)(scales + i));
+        words[i] = *(const uint*)&product;
       }
     }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    self.sums[column][0] = __shfl_sync(~0u, sum, 8 * (lane % 4));
-    self.sums[column][1] = __shfl_sync(~0u, sum, 8 * (lane % 4) + 4);
+#pragma unroll
+    for (int j = 0; j < STEPS; j++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int r = first_code<BITS>(j, h);
+        self.b[0][set][j][h] =
+            BITS == 4 ? __byte_perm(words[r / 2], words[r / 2 + 2], r % 2 ? 0x7632 : 0x5410) : words[r / 2];
+      }
+#endif
+    const uint ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+    float sum[4] = {};
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+#pragma unroll
+      for (int j = 0; j < STEPS; j++) mma(sum, ones, self.b[part][set][j]);
+    self.sums[set][0] = sum[0], self.sums[set][1] = sum[1];
   }
+
+#ifndef FLOAT32
+  template <int LENGTH>
+  DEVICE void read(const T* row, int at, bool whole, uint* words) {
+    if (LENGTH % GROUP == 0) {
+      const uint4* from = (const uint4*)(row + at);
+      if (row == nullptr || !whole) {
+#pragma unroll
+        for (int i = 0; i < GROUP / 8; i++) words[i] = 0;
+      } else if constexpr (GROUP % 32 == 0) {
+#pragma unroll
+        for (int i = 0; i < GROUP / 32; i++) ((uint4*)words)[i] = from[i];
+      } else {
+        *(uint2*)words = *(const uint2*)from;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < GROUP / 4; i++)
+        ((T*)words)[i] = row != nullptr && at + i < LENGTH ? row[at + i] : __float2bfloat16(0);
+    }
+  }
+#endif
 };
+
+// The sums of squares of a warp's share of eight activations.
+DEVICE void keep(float* kept, const float* squares, int lane) {
+#ifdef FLOAT32
+  float sum = squares[0];
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  sum += __shfl_xor_sync(~0u, sum, 2);
+  if (lane % 4 == 0) kept[lane / 4] = sum;
+#else
+  if (lane % 4 == lane / 8) kept[lane / 4] = lane / 4 % 2 ? squares[1] : squares[0];
+#endif
+}
 
 // COUNT neighbouring groups of rows g and g + 8 of sixteen.
 template <int BITS, int GROUP, int COUNT, typename S>
@@ -138,12 +206,11 @@ struct Slab {
     }
   }
 
-  // sums[column][...] += weight * rows times x, in the layout of mma's results.
+  // sums[set][...] += weight * group i of the rows times x, in the layout of mma's results.
   template <int SETS>
-  DEVICE void multiply(const Slab& self, const Activations<GROUP, SETS>* x, float (*sums)[4], float weight) {
+  DEVICE void multiply(const Slab& self, int i, const Activations<GROUP, SETS>& x, float (*sums)[4], float weight) {
     constexpr int MATRIX_PARTS = BITS == 32 ? 3 : 1;
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
+    {
       float products[SETS][4];
 #pragma unroll
       for (int c = 0; c < SETS; c++) products[c][0] = products[c][1] = products[c][2] = products[c][3] = 0;
@@ -164,7 +231,7 @@ struct Slab {
           for (int m = 0; m < MATRIX_PARTS; m++) {
 #pragma unroll
             for (int p = 0; p < PARTS; p++)
-              if (m + p < 3) mma(products[c], a[m], x[i].b[p][c][j]);
+              if (m + p < 3) mma(products[c], a[m], x.b[p][c][j]);
           }
         }
       }
@@ -175,8 +242,8 @@ struct Slab {
           if constexpr (BITS <= 8) {
             const float s = to_float(self.scales[r][i]) * weight;
             const float b = to_float(self.biases[r][i]) * weight - (BITS < 8 ? (1 << BITS) * s : 0);
-            sums[c][2 * r] += s * products[c][2 * r] + b * x[i].sums[c][0];
-            sums[c][2 * r + 1] += s * products[c][2 * r + 1] + b * x[i].sums[c][1];
+            sums[c][2 * r] += s * products[c][2 * r] + b * x.sums[c][0];
+            sums[c][2 * r + 1] += s * products[c][2 * r + 1] + b * x.sums[c][1];
           } else {
             sums[c][2 * r] += weight * products[c][2 * r];
             sums[c][2 * r + 1] += weight * products[c][2 * r + 1];
@@ -190,20 +257,3 @@ struct Slab {
 // Where the result for row r of sixteen and activation n of eight lies among a warp's: lane, then register.
 DEVICE int result_lane(int r, int n) { return r % 8 * 4 + n / 2; }
 DEVICE int result_register(int r, int n) { return r / 8 * 2 + n % 2; }
-
-// A lane's quarter of group `group` of the row at x [LENGTH]; zeros beyond the row or where `there` is false.
-template <int GROUP, int LENGTH, typename Stored>
-DEVICE void load_quarter(const Stored* x, int group, bool there, int lane, float* values) {
-  const int at = group * GROUP + lane % 4 * (GROUP / 4);
-  if (there && at + GROUP / 4 <= LENGTH) {
-    if constexpr (LENGTH % GROUP == 0) {
-      load_values<GROUP / 4>(x + at, values);
-    } else {
-#pragma unroll
-      for (int i = 0; i < GROUP / 4; i++) values[i] = to_float(x[at + i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < GROUP / 4; i++) values[i] = there && at + i < LENGTH ? to_float(x[at + i]) : 0.0f;
-  }
-}

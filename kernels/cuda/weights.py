@@ -61,6 +61,10 @@ class Store:
         """A vector or small tensor, as float32."""
         return self._put(tensor.data if isinstance(tensor, DenseTensor) else tensor, np.dtype(np.float32))
 
+    def values(self, tensor: DenseTensor) -> Buffer:
+        """A vector in the type of the activations."""
+        return self._put(tensor.data, np.dtype(np.float32) if self._exact else _BFLOAT16)
+
     def _put(self, array: npt.NDArray[Any], dtype: np.dtype[Any] | None = None, padding: int = 0) -> Buffer:
         key = (array.ctypes.data, array.shape, array.strides, array.dtype, dtype)
         if key not in self._placed:
