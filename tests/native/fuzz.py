@@ -59,7 +59,7 @@ class Case:
 
     def dim(self, most: int = 320) -> int:
         """Columns: whole groups, or any number."""
-        return self.one_of(32, 64, 96, 128, 160, 256, 288, self.upto(most))
+        return int(self.one_of(32, 64, 96, 128, 160, 256, 288, self.upto(most)))
 
     def columns(self, x: Value, layout: list[tuple[int, int, int]]) -> list[Columns]:
         """Places in rows of x for (heads, width, gap) each, one after another."""
