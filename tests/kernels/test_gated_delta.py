@@ -109,6 +109,32 @@ def test_long_prefill(candidate: Candidate) -> None:
     assert_close(run_in_pieces(candidate.compile(program, cache), cache, tokens, [200, 30]), whole)
 
 
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 31, 32, 33, 63, 64, 65])
+def test_lengths_about_a_chunk(candidate: Candidate, length: int) -> None:
+    """New and resumed, alone and beside another sequence."""
+    program = layer("two-to-one")
+    cache = CacheConfig(blocks=16, block_size=32, state_slots=2)
+    ours, reference = candidate.compile(program, cache), REFERENCE.compile(program, cache)
+    sequences = Sequences(cache, count=2, seed=4)
+    rng = np.random.default_rng(5)
+    for lengths in ({0: length}, {1: length, 0: length}, {0: 1, 1: length}, {1: length}):
+        batch = sequences.step({s: rng.integers(0, ROWS, n) for s, n in lengths.items()})
+        assert_close(ours.run(batch), reference.run(batch))
+
+
+def test_a_token_that_never_changes(candidate: Candidate) -> None:
+    """All keys of a chunk are alike, nothing is forgotten, and every token replaces all: the hardest to solve."""
+    tensors = Tensors(12)
+    spec = spec_of("as-in-qwen3-next", tensors)
+    places, width = columns_of(spec, fused=False)
+    x = tensors.values(1, width)
+    x[:, places[4][0] : places[5][0]] = 30  # b: replace
+    x[:, places[5][0] :] = -30  # a: keep
+    program = program_of(x, lambda builder, value: record(builder, value, places, spec))
+    batch = Sequences(CACHE, count=1).step({0: [0] * 90})
+    assert_close(candidate.compile(program).run(batch), REFERENCE.compile(program).run(batch), 1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parameters_of_any_dtype(candidate: Candidate, dtype: str) -> None:
     program = layer("two-to-one", dtype=dtype)

@@ -12,7 +12,7 @@ namespace mixbit {
 namespace {
 
 constexpr float qk_eps = 1e-6f;  // added to the sum of squares of q and k, as transformers does
-constexpr std::int64_t chunk = 32;  // tokens
+constexpr std::int64_t chunk = delta_chunk_most;  // tokens
 constexpr std::int64_t max_taps = 16;
 
 float softplus(float x) { return std::max(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))); }
@@ -59,9 +59,10 @@ class GatedDelta final : public Op {
   };
 
   // A thread's own memory, for a chunk: q, k [chunk, key_dim]; v [chunk, ratio * value_dim] (and room for
-  // padded reads); decay, beta [ratio, chunk]; out [chunk, value_stride].
+  // padded reads); decay, beta [ratio, chunk]; out [chunk, value_stride];
+  // delta: see delta_scratch.
   struct Scratch {
-    float *q, *k, *v, *decay, *beta, *out;
+    float *q, *k, *v, *decay, *beta, *out, *delta;
     std::int64_t size;
   };
 
@@ -70,9 +71,10 @@ class GatedDelta final : public Op {
   Scratch scratch(float* base) const {
     const std::int64_t k = chunk * spec_.key_dim, v = 2 * k, decay = v + chunk * ratio_ * spec_.value_dim + lane_pad;
     const std::int64_t beta = decay + ratio_ * chunk, out = beta + ratio_ * chunk;
-    const std::int64_t size = out + chunk * pool_.value_stride;
-    if (base == nullptr) return {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, size};
-    return {base, base + k, base + v, base + decay, base + beta, base + out, size};
+    const std::int64_t delta = out + chunk * pool_.value_stride;
+    const std::int64_t size = delta + delta_scratch(spec_.key_dim, pool_.value_stride);
+    if (base == nullptr) return {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, size};
+    return {base, base + k, base + v, base + decay, base + beta, base + out, base + delta, size};
   }
 
   void advance(const Step& step, std::int64_t sequence, std::int64_t head, const Scratch& s) const {
@@ -153,14 +155,16 @@ class GatedDelta final : public Op {
     run.state = pool_.memory(slot, h);
     run.q = s.q;
     run.k = s.k;
-    run.key_dim = run.key_stride = spec_.key_dim;
+    run.key_dim = spec_.key_dim;
     run.v = s.v + r * n;
     run.v_stride = ratio_ * n;
-    run.value_stride = run.out_stride = pool_.value_stride;
+    run.value_stride = pool_.value_stride;
     run.decay = s.decay + r * chunk;
     run.beta = s.beta + r * chunk;
     run.tokens = tokens;
     run.out = s.out;
+    run.scratch = s.delta;
+    if (r == 0) ops.delta_keys(run);
     ops.delta(run);
     for (std::int64_t t = 0; t < tokens; ++t) {
       float* out = step.row(out_, begin + t) + h * n;

@@ -1,7 +1,8 @@
-// The functions of VectorOps, but for attention. Included once for each instruction set (see vector_math.h).
+// The functions of VectorOps, but for attention and the delta rule. Included once for each instruction set (see vector_math.h).
 #pragma once
 
 #include "vector_attention.h"
+#include "vector_delta.h"
 #include "vector_math.h"
 #include "vector_ops.h"
 
@@ -117,57 +118,8 @@ void rotate(const float* cos, const float* sin, std::int64_t half, float* x) {
       });
 }
 
-// The gated delta rule on `width` vectors of value columns. Before token t the state S holds what came
-// before it, undecayed, and recalled = S k_t, asked = S q_t are known, so that with
-// delta = beta (v - g recalled) the output (g S + k delta) q = g asked + (k.q) delta, and one pass over S both
-// updates it and reads it for the next token.
-template <int width>
-void delta_columns(const DeltaRun& run, std::int64_t column) {
-  float* state = run.state + column;
-  Vec recalled[width] = {}, asked[width] = {};
-  for (std::int64_t d = 0; d < run.key_dim; ++d) {
-    for (int w = 0; w < width; ++w) {
-      Vec s = load(state + d * run.value_stride + w * lanes);
-      recalled[w] += s * run.k[d];
-      asked[w] += s * run.q[d];
-    }
-  }
-  for (std::int64_t t = 0; t < run.tokens; ++t) {
-    const float* k = run.k + t * run.key_stride;
-    const float* q = run.q + t * run.key_stride;
-    const bool last = t + 1 == run.tokens;
-    const float* next_k = last ? k : k + run.key_stride;
-    const float* next_q = last ? q : q + run.key_stride;
-    const float g = run.decay[t];
-    float kq = 0;
-    for (std::int64_t d = 0; d < run.key_dim; ++d) kq += k[d] * q[d];
-    Vec delta[width];
-    for (int w = 0; w < width; ++w) {
-      delta[w] = run.beta[t] * (load(run.v + t * run.v_stride + column + w * lanes) - g * recalled[w]);
-      store(run.out + t * run.out_stride + column + w * lanes, g * asked[w] + kq * delta[w]);
-      recalled[w] = asked[w] = Vec{};
-    }
-    for (std::int64_t d = 0; d < run.key_dim; ++d) {
-      for (int w = 0; w < width; ++w) {
-        float* place = state + d * run.value_stride + w * lanes;
-        Vec s = load(place) * g + delta[w] * k[d];
-        store(place, s);
-        recalled[w] += s * next_k[d];
-        asked[w] += s * next_q[d];
-      }
-    }
-  }
-}
-
-void delta(const DeltaRun& run) {
-  constexpr int width = 4;
-  std::int64_t column = 0;
-  for (; column + width * lanes <= run.value_stride; column += width * lanes) delta_columns<width>(run, column);
-  for (; column < run.value_stride; column += lanes) delta_columns<1>(run, column);
-}
-
 constexpr VectorOps table{rms_norm, add,       axpy,   scale,  silu_mul, sigmoid_mul,
-                          softmax,  conv_silu, rotate, narrow, attend<Floats>, pack_lefts, attend<Bfloat16s>, delta};
+                          softmax,  conv_silu, rotate, narrow, attend<Floats>, pack_lefts, attend<Bfloat16s>, delta_keys, delta};
 
 }  // namespace
 }  // namespace mixbit

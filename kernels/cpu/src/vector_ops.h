@@ -33,20 +33,27 @@ struct AttentionTile {
   float* total;             // [rows]: sum of 2^(score - peak); 0 where a row sees none of these keys
 };
 
-// One head of the gated delta rule over `tokens` tokens.
+// One head of the gated delta rule over `tokens` tokens, from 1 to delta_chunk_most. From delta_chunk_least on they
+// are taken together.
 struct DeltaRun {
-  float* state;  // [key_dim, value_stride], updated
-  const float* q;  // [tokens, key_stride]
+  float* state;  // [key_dim, value_stride], updated; value_stride is padded
+  const float* q;  // [tokens, key_dim]
   const float* k;
-  std::int64_t key_dim, key_stride;
+  std::int64_t key_dim;
   const float* v;  // [tokens, v_stride]
   std::int64_t value_stride, v_stride;
   const float* decay;  // [tokens]
   const float* beta;
   std::int64_t tokens;
-  float* out;  // [tokens, out_stride]; value_stride values each
-  std::int64_t out_stride;
+  float* out;      // [tokens, value_stride]
+  float* scratch;  // delta_scratch(key_dim, value_stride) floats
 };
+
+constexpr std::int64_t delta_chunk_least = 8, delta_chunk_most = 32;
+
+constexpr std::int64_t delta_scratch(std::int64_t key_dim, std::int64_t value_stride) {
+  return delta_chunk_most * (2 * key_dim + 4 * padded(delta_chunk_most) + value_stride);
+}
 
 // Nothing is aligned beyond 4 bytes, and n is any number, unless said otherwise.
 struct VectorOps {
@@ -73,6 +80,8 @@ struct VectorOps {
   // Over keys and values in bfloat16. pack_lefts brings q, n values with an even q_stride, into the form that it takes.
   void (*pack_lefts)(float* q, std::int64_t n);
   void (*attend_bfloat16)(const AttentionTile<Bfloat16>& tile);
+  // delta_keys makes what the runs of all value heads of a key head share, in their scratch: k, q and tokens are theirs.
+  void (*delta_keys)(const DeltaRun& run);
   void (*delta)(const DeltaRun& run);
 };
 
