@@ -2,7 +2,8 @@
 
 Ten turns over a system prompt of 6,000 tokens; after every third a side request with another system prompt, as
 editors send them. Then the worker is started again, and the next turn begins from the disk. Tokens are random:
-their values do not matter to the time. Run it as `.venv/bin/python bench/prefix_cache.py`.
+their values do not matter to the time. The last column: how far log-probabilities (of the last warm turn, of the
+restarted one) are from those of a run without a cache. Run it as `.venv/bin/python bench/prefix_cache.py`.
 """
 
 from __future__ import annotations
@@ -44,22 +45,34 @@ HYBRID = {
 
 @dataclass(frozen=True)
 class Answer:
-    """One request. first: seconds to the first token. tokens: of the answer."""
+    """One request. first: seconds to the first token. tokens: of the answer. likely: log-probabilities by token."""
 
     first: float
     tokens: list[int]
+    likely: list[dict[int, float]]
     prompt: int
     cached: int
 
 
 @dataclass(frozen=True)
 class Replay:
-    """cold: the first turn. warm: the others. restarted: the turn after the restart."""
+    """cold: the first turn. warm: the others. restarted: the turn after the restart.
+
+    differences: of the last warm turn and of the restarted one from runs of the same prompts without any cache.
+    """
 
     cold: Answer
     warm: list[Answer]
     restarted: Answer
-    same_as_cold: bool  # the restarted turn's tokens are those of a run without any cache
+    differences: list[float]
+
+
+def difference(one: Answer, other: Answer) -> float:
+    """The largest between the log-probabilities of the likely tokens; infinite if others were chosen."""
+    if one.tokens != other.tokens:
+        return float("inf")
+    pairs = [(a[token], b[token]) for a, b in zip(one.likely, other.likely, strict=True) for token in a.keys() & b]
+    return max(abs(a - b) for a, b in pairs)
 
 
 async def ask(client: EngineClient, prompt: list[int], name: str) -> Answer:
@@ -70,16 +83,17 @@ async def ask(client: EngineClient, prompt: list[int], name: str) -> Answer:
         sampling=Sampling(temperature=0),
         max_tokens=ANSWER,
         ignore_eos=True,
-        logprobs=0,
+        logprobs=20,
     )
-    start, first, tokens = time.perf_counter(), 0.0, list[int]()
+    start, first, tokens, likely = time.perf_counter(), 0.0, list[int](), list[dict[int, float]]()
     async with await client.generate(request) as events:
         async for event in events:
             if isinstance(event, Delta):
                 first = first or time.perf_counter() - start
                 tokens += [each.chosen.token_id for each in event.logprobs]
+                likely += [{token.token_id: token.logprob for token in each.top} for each in event.logprobs]
             elif isinstance(event, Finished):
-                return Answer(first, tokens, event.usage.prompt_tokens, event.usage.cached_tokens)
+                return Answer(first, tokens, likely, event.usage.prompt_tokens, event.usage.cached_tokens)
     raise RuntimeError("the engine ended without an answer")
 
 
@@ -102,6 +116,7 @@ async def replay(model: Path, disk: Path, threads: int) -> Replay:
         await client.wait_ready()
         for turn in range(TURNS):
             talk += [*text(QUESTION), end]
+            last = list(talk)
             answers.append(await ask(client, talk, f"turn {turn}"))
             talk += [*answers[-1].tokens, end]
             if turn % 3 == 2:
@@ -113,10 +128,12 @@ async def replay(model: Path, disk: Path, threads: int) -> Replay:
     async with EngineClient(config(disk)) as client:
         await client.wait_ready()
         restarted = await ask(client, talk, "restarted")
-    async with EngineClient(config(None)) as client:
-        await client.wait_ready()
-        alone = await ask(client, talk, "alone")
-    return Replay(answers[0], answers[1:], restarted, restarted.tokens == alone.tokens)
+    differences = []
+    for prompt, answer in ((last, answers[-1]), (talk, restarted)):
+        async with EngineClient(config(None)) as client:
+            await client.wait_ready()
+            differences.append(difference(answer, await ask(client, prompt, "alone")))
+    return Replay(answers[0], answers[1:], restarted, differences)
 
 
 def main() -> None:
@@ -126,7 +143,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
     table = Table(
-        "model", "share from cache", "cold s", "warm s", "warm/cold", "restart s", "restart/cold", "same text"
+        "model",
+        "share from cache",
+        "cold s",
+        "warm s",
+        "warm/cold",
+        "restart s",
+        "restart/cold",
+        "off by",
     )
     figures = {}
     with tempfile.TemporaryDirectory() as directory:
@@ -139,9 +163,11 @@ def main() -> None:
             cold, warm = result.cold.first, statistics.median(each.first for each in result.warm)
             share = sum(each.cached for each in result.warm) / sum(each.prompt for each in result.warm)
             again = result.restarted.first
-            figures[name] = {"share": share, "cold": cold, "warm": warm, "restart": again, "same": result.same_as_cold}
+            figures[name] = {"share": share, "cold": cold, "warm": warm, "restart": again, "off": result.differences}
             row = (share, cold, warm, warm / cold, again, again / cold)
-            table.add_row(name, *(f"{value:.4f}" for value in row), "yes" if result.same_as_cold else "no")
+            table.add_row(
+                name, *(f"{value:.4f}" for value in row), ", ".join(f"{each:.1e}" for each in result.differences)
+            )
     Console(width=140).print(table)
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=1))

@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -274,7 +273,6 @@ def step_cost(model: str, requests: int, steps: int) -> tuple[float, float]:
 
     core = EngineCore(compute, scheduler, Admission(tokenizer, limits))
     ours, theirs = socket.socketpair()
-    threading.Thread(target=_drain, args=(theirs,), daemon=True).start()
     connection = WorkerSocket(ours)
     generations = [core.admission.admit(_generate(str(number), STORY, 8000)) for number in range(requests)]
     for generation in generations:
@@ -285,16 +283,12 @@ def step_cost(model: str, requests: int, steps: int) -> tuple[float, float]:
         start = time.perf_counter()
         connection.send(core.step())
         full.append(time.perf_counter() - start)
+        theirs.recv(1 << 20)
         start = time.perf_counter()
         for generation, row in zip(generations, logits, strict=True):
             generation.sampler.choose(row)
         sampling.append(time.perf_counter() - start)
     return statistics.median(full) - statistics.median(sampling), statistics.median(sampling)
-
-
-def _drain(sock: socket.socket) -> None:
-    while sock.recv(1 << 16):
-        pass
 
 
 def _generate(request_id: str, prompt: str, tokens: int) -> Generate:
