@@ -153,21 +153,13 @@ class Bench:
         context = max(longest, 512) + 512  # decoding goes on from there
         sequences = max(row.work.sequences for row in self.rows)
         options = {"threads": self.args.threads, "context": context}
-        pair.warm()
-        for mode in MODES:
-            precision = {"precision": mode} if len(MODES) > 1 else {}
-            self._start(
-                stack,
-                mode,
-                sys.executable,
-                "ours.py",
-                model=str(pair.ours),
-                sequences=sequences,
-                **options,
-                **precision,
-            )
         if any(row.against == "peer" for row in self.rows) and self.args.peer_python:
             self._start(stack, "peer", self.args.peer_python, "peer_llama_cpp.py", model=str(pair.gguf), **options)
+        pair.warm()  # after the peer, which copies its weights into another order and may push ours out
+        ours = {"model": str(pair.ours), "sequences": sequences, **options}
+        for mode in MODES:
+            precision = {"precision": mode} if len(MODES) > 1 else {}
+            self._start(stack, mode, sys.executable, "ours.py", **ours, **precision)
         if any(row.side == "http" for row in self.rows):
             self.sides["http"] = stack.enter_context(served(pair.ours, self.args.threads))
         program = load(pair.ours).program

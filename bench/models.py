@@ -25,8 +25,8 @@ class Pair:
     temporary: bool
 
     def warm(self) -> None:
-        """Read every file once, so that both sides find them in the page cache."""
-        for file in (*self.ours.glob("*.safetensors"), self.gguf):
+        """Read our files once, so that they are found in the page cache."""
+        for file in self.ours.glob("*.safetensors"):
             with file.open("rb") as stream:
                 while stream.read(1 << 24):
                     pass
