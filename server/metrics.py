@@ -58,6 +58,10 @@ class Metrics:
         """See Meter."""
         self._between.observe(seconds / count)
 
+    def generated(self, count: int) -> None:
+        """See Meter."""
+        self._completion.inc(count)
+
     def response(self, route: str, status: int) -> None:
         """See Meter."""
         self._responses.labels(route, str(status)).inc()
@@ -67,7 +71,7 @@ class Metrics:
         self._requests.labels(record.outcome).inc()
         self._prompt.inc(record.prompt_tokens)
         self._cached.inc(record.cached_tokens)
-        self._completion.inc(record.completion_tokens)
+        self._completion.inc(record.silent_tokens)
 
     def text(self) -> bytes:
         """All of it, in Prometheus' text format."""

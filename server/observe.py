@@ -28,6 +28,9 @@ class Meter(Protocol):
     def next_tokens(self, seconds: float, count: int) -> None:
         """Time between one delta of a choice and the next, which has `count` tokens."""
 
+    def generated(self, count: int) -> None:
+        """Tokens that have arrived; `request` tells of those that came with no delta."""
+
     def response(self, route: str, status: int) -> None:
         """An answer to any request."""
 
@@ -39,6 +42,8 @@ class _NoMeter:
     def first_token(self, seconds: float) -> None: ...
 
     def next_tokens(self, seconds: float, count: int) -> None: ...
+
+    def generated(self, count: int) -> None: ...
 
     def response(self, route: str, status: int) -> None: ...
 
@@ -85,6 +90,7 @@ class Record:
             self.meter.next_tokens(now - before, event.token_count)
         self._times[choice] = self.last = now
         self._counts[choice] = self._counts.get(choice, 0) + event.token_count
+        self.meter.generated(event.token_count)
 
     def end(self, outcome: Outcome) -> None:
         """How it ended; the first call counts."""
@@ -105,6 +111,11 @@ class Record:
         """Of all choices."""
         finished = {choice: usage.completion_tokens for choice, usage in self._usages.items()}
         return sum({**self._counts, **finished}.values())
+
+    @property
+    def silent_tokens(self) -> int:
+        """Of the completion: those that no delta brought, such as the last of a text."""
+        return self.completion_tokens - sum(self._counts.values())
 
     @property
     def rate(self) -> float | None:

@@ -1,7 +1,8 @@
 """What every request passes before it reaches a route: size of headers, Host, Origin, key, content type, body.
 
 A plain ASGI layer around the whole application. It decides by the scope alone, never by a URL rebuilt from
-headers, and only `GET /health` is open, so no form of a path or Host header leads around the key.
+headers. Only `GET /health` and the files of the pages are open, each by its exact path, so no form of a path or
+Host header leads around the key.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixbit.server.errors import ApiError, error_response
+from mixbit.server.pages import PUBLIC_PATHS
 from mixbit.server.settings import HTTP, Access, HttpLimits
+
+_OPEN = PUBLIC_PATHS | {"/health"}  # to everyone
 
 
 class Guard:
@@ -80,7 +84,7 @@ class Guard:
         return origin is not None and bool(self._access.origins & {origin, "*"})
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        if not self._keys or (scope["path"] == "/health" and scope["method"] in {"GET", "HEAD"}):
+        if not self._keys or (scope["path"] in _OPEN and scope["method"] in {"GET", "HEAD"}):
             return
         kind, _, key = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":

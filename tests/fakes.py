@@ -13,6 +13,7 @@ from mixbit.engine.protocol import (
     Finished,
     FinishReason,
     Generate,
+    ModelDescription,
     Progress,
     Ready,
     Stats,
@@ -52,6 +53,7 @@ def failure(code: ErrorCode, message: str = "failed", pieces: Sequence[str] = ("
 
 
 FAKE_READY = Ready(
+    model=ModelDescription(model_type="fake", layers={}, experts=None, classes=()),
     context_length=4096,
     vocab_size=0x110000,
     backend="fake",

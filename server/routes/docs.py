@@ -5,13 +5,12 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from fastapi import APIRouter, HTTPException, Request
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import FileResponse
+
+from mixbit.server.pages import FILES, SWAGGER
 
 router = APIRouter(include_in_schema=False)
-
-_TYPES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 
 
 def _assets() -> Path:
@@ -22,20 +21,14 @@ def _assets() -> Path:
 
 
 @router.get("/docs")
-async def docs(request: Request) -> HTMLResponse:
+async def docs(request: Request) -> Response:
     """swagger-ui over /openapi.json."""
-    return get_swagger_ui_html(
-        openapi_url=request.app.openapi_url,
-        title=f"{request.app.title} API",
-        swagger_js_url="/docs/swagger-ui-bundle.js",
-        swagger_css_url="/docs/swagger-ui.css",
-        swagger_favicon_url="data:,",
-    )
+    return FILES["docs.html"].response(request)
 
 
 @router.get("/docs/{name}")
 async def asset(name: str) -> FileResponse:
-    """The page's script or style."""
-    if name not in _TYPES:
+    """swagger-ui's script or style."""
+    if name not in SWAGGER:
         raise HTTPException(404)
-    return FileResponse(_assets() / name, media_type=_TYPES[name])
+    return FileResponse(_assets() / name, media_type=SWAGGER[name])

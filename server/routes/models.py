@@ -1,11 +1,13 @@
-"""`GET /v1/models`: the names the model is served under."""
+"""`GET /v1/models`: the names the model is served under, and what it is made of."""
 
 from __future__ import annotations
 
+import msgspec
 from fastapi import APIRouter
 
+from mixbit.server.generation import require_ready
 from mixbit.server.schema.common import ErrorResponse
-from mixbit.server.schema.models import ListModelsResponse, Model
+from mixbit.server.schema.models import ActiveExperts, ListModelsResponse, Model, ModelTensors, TensorClass
 from mixbit.server.service import CurrentService, Service
 
 router = APIRouter(tags=["models"])
@@ -15,6 +17,36 @@ router = APIRouter(tags=["models"])
 async def list_models(service: CurrentService) -> ListModelsResponse:
     """The served name first, then its aliases."""
     return ListModelsResponse(object="list", data=[_model(service, name) for name in service.model.names])
+
+
+@router.get(
+    "/v1/models/{model:path}/tensors",
+    responses={404: {"model": ErrorResponse}, 503: {"model": ErrorResponse, "description": "Loading or restarting"}},
+)
+async def retrieve_tensors(model: str, service: CurrentService) -> ModelTensors:
+    """Every class of tensor: its width, its layers, what it takes; as `mixbit inspect` has them."""
+    service.require_model(model)
+    require_ready(service.engine)
+    ready = service.engine.ready
+    assert ready is not None
+    made, classes = ready.model, ready.model.classes
+    parameters, size = sum(each.parameters for each in classes), sum(each.size for each in classes)
+    return ModelTensors(
+        id=model,
+        object="model.tensors",
+        model_type=made.model_type,
+        backend=ready.backend,
+        backend_reason=ready.backend_reason,
+        layers=made.layers,
+        experts=ActiveExperts(active=made.experts[0], total=made.experts[1]) if made.experts else None,
+        vocab_size=ready.vocab_size,
+        context_length=ready.context_length,
+        parameters=parameters,
+        size=size,
+        token_bytes=sum(each.token_bytes for each in classes),
+        bits_per_weight=round(8 * size / max(parameters, 1), 3),
+        classes=[TensorClass.model_validate(msgspec.to_builtins(each)) for each in classes],
+    )
 
 
 @router.get("/v1/models/{model:path}", responses={404: {"model": ErrorResponse}})

@@ -43,7 +43,9 @@ def test_demo_is_four_bits_with_an_eight_bit_embedding(demo_checkpoint: Path) ->
     assert embedding.token_bytes == embedding.size + row  # one row to embed, all of it for the logits
     assert {each.bits for each in report.classes if each.mode} - {8} == {4}
     assert by_role(report, "mlp gate/up").count == 60
-    assert (by_role(report, "norm").count, by_role(report, "norm").bits) == (61, None)
+    norm, final = by_role(report, "norm"), by_role(report, "final norm")
+    assert (norm.count, norm.bits, norm.layers) == (60, None, tuple(range(30)))
+    assert (final.count, final.layers) == (1, ())
     assert report.parameters == 134_515_008
     assert [(o.modules, o.sets, o.count) for o in report.overrides] == [("model.embed_tokens", "8 bits, group 32", 1)]
     # 30 layers, 3 KV heads of 64, keys and values, float32
@@ -68,6 +70,8 @@ def test_experts_count_as_far_as_a_token_reads_them(tmp_path: Path) -> None:
         "model.layers.*.mlp.shared_expert_gate": ("8 bits, group 64", 4),
     }
     assert report.layers == {"attention": 2, "delta net": 2, "experts": 4}
+    assert {each.layers for each in report.classes if "attention" in each.role} == {(1, 3)}
+    assert {each.layers for each in report.classes if "delta" in each.role} == {(0, 2)}
     # per delta net layer: 3 inputs of 448 channels, and 6 heads of 32 x 64, float32
     assert report.memory.state == 2 * 4 * (3 * 448 + 6 * 32 * 64)
 
@@ -75,8 +79,8 @@ def test_experts_count_as_far_as_a_token_reads_them(tmp_path: Path) -> None:
 def test_layers_of_other_widths_are_classes_of_their_own(tmp_path: Path) -> None:
     overrides = {"*.0.self_attn.q_proj": (3, 32), "*.1.self_attn.q_proj": None}
     report = inspect_model(write_checkpoint(tmp_path / "model", "llama", overrides=overrides), available=GB)
-    queries = {(each.bits, each.group_size): each.count for each in report.classes if each.role == "attention q"}
-    assert queries == {(4, 64): 1, (3, 32): 1, (None, None): 1}
+    queries = {(each.bits, each.group_size): each.layers for each in report.classes if each.role == "attention q"}
+    assert queries == {(4, 64): (2,), (3, 32): (0,), (None, None): (1,)}
     assert {(o.sets, o.count) for o in report.overrides} == {("3 bits, group 32", 1), ("unquantized", 1)}
 
 

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from mixbit.server.app import create_app
+from mixbit.server.pages import PUBLIC_PATHS
 from mixbit.server.security import Guard
 from mixbit.server.settings import HTTP, LOOPBACK_HOSTS, Access
 from tests.fakes import FakeEngine
@@ -111,21 +112,36 @@ async def test_any_key_is_welcome_where_none_is_set() -> None:
     assert response.status_code == 200
 
 
-async def test_only_health_is_open() -> None:
+async def test_only_health_and_pages_are_open() -> None:
     assert (await send(KEYED, "GET", "/health")).status_code == 200
+    for path in ("/", "/docs", "/openapi.json", *PUBLIC_PATHS):
+        response = await send(KEYED, "GET", path)
+        assert response.status_code == 200, path
+        assert "tiny" not in response.text, path  # the model's name
+        assert (await send(KEYED, "POST", path, json={})).status_code == 401, path
     for path in (
-        "/docs",
-        "/openapi.json",
-        "/",
+        "/static",
+        "/static/",
+        "/static/none.js",
+        "/static/main.js/",
+        "/STATIC/main.js",
+        "/static/%2e%2e/v1/models",
+        "/docs/",
+        "/docs/redoc.standalone.js",
+        "/openapi.json/",
+        "/metrics",
+        "/props",
+        "/v1/models/tiny/tensors",
         "/v1/models",
         "/health/",
         "/health/x",
-        "//health",
         "/HEALTH",
         "/nothing",
     ):
         assert (await send(KEYED, "GET", path)).status_code == 401, path
     assert (await send(KEYED, "POST", "/health", json={})).status_code == 401
+    for path in ("//", "//health", "/static/../props", "/static//main.js", "", "*"):
+        assert await raw(KEYED, path, [(b"host", b"localhost")]) == 401, path
 
 
 @pytest.mark.parametrize("host", [b"127.0.0.1/health?", b"localhost/health?x=", b"127.0.0.1:8080/health#", b"x/y?"])
