@@ -20,7 +20,7 @@ from bench.gpu_cases import cases, outputs
 from bench.gpu_shapes import program
 from mixbit.kernels.cuda.compiler import Compiler
 from mixbit.kernels.cuda.driver import Buffer, Device
-from mixbit.kernels.cuda.executor import CudaExecutor
+from mixbit.kernels.cuda.executor import CudaExecutor, Key
 from mixbit.kernels.executor import Batch, CacheConfig, ExecutorOptions
 from mixbit.kernels.reference.backend import ReferenceBackend
 
@@ -32,12 +32,14 @@ def random_weights(device: Device) -> Callable[[npt.NDArray[Any]], Buffer]:
     piece = device.put(rng.integers(0, 1 << 32, _PIECE // 4, dtype=np.uint32))
 
     def place(array: npt.NDArray[Any]) -> Buffer:
-        if 0 not in array.strides:  # made from the program's sizes, as the frequencies of a rotary embedding
+        if (
+            0 not in array.strides and array.any()
+        ):  # made from the program's sizes, as the frequencies of a rotary embedding
             return device.put(array)
         if array.dtype == np.uint32:
             return _repeat(device, piece, array.nbytes)
-        if array.dtype == np.float32:  # vectors
-            return device.put((1 + 0.1 * rng.standard_normal(array.shape)).astype(np.float32))
+        if array.dtype == np.float32 or array.ndim == 1:
+            return device.put((1 + 0.1 * rng.standard_normal(array.shape)).astype(array.dtype))
         if array.dtype not in scales:
             values = rng.uniform(0.001, 0.004, 1 << 20) * rng.choice([-1, 1], 1 << 20)
             scales[array.dtype] = device.put(values.astype(array.dtype))
@@ -104,15 +106,15 @@ def model(device: Device, compiler: Compiler, layers: int, *, prefill: bool) -> 
             logits = executor.run(step)
             times.append(time.perf_counter() - begin)
         steps_of = executor._few
-        graph = steps_of.graph((count, count, count))
+        graph = steps_of.graph(Key(count, count, count))
         on_device = statistics.median(device.milliseconds(lambda g=graph: device.replay(g)) for _ in range(20))
         step = statistics.median(times[5:])
         print(
-            f"decode, {count:2d}: {count / step:8.1f} tok/s, {step * 1e3:.3f} ms a step, {on_device:.3f} on the device, "
+            f"decode, {count:2d}: {count / step:8.1f} tok/s, {step * 1e3:.3f} ms a step, {on_device:.3f} there, "
             f"{len(graph.launches)} launches; finite {np.isfinite(logits).all()}, spread {logits.std():.2f}",
             flush=True,
         )
-        by_kernel(executor, device, (count, count, count))
+        by_kernel(executor, device, count)
     for context in (1024, 4096):
         executor.run(batch(1, context, 1, cache))
         times = []
@@ -130,11 +132,11 @@ def model(device: Device, compiler: Compiler, layers: int, *, prefill: bool) -> 
         print(f"prefill {tokens}: {tokens / min(times[1:]):8.1f} tok/s", flush=True)
 
 
-def by_kernel(executor: CudaExecutor, device: Device, key: tuple[int, int, int]) -> None:
+def by_kernel(executor: CudaExecutor, device: Device, count: int) -> None:
     """Device time of each kernel of a step, each kind captured by itself: launches follow one another in a graph."""
     groups: defaultdict[str, list[Any]] = defaultdict(list)
     total = 0.0
-    for _work, planned in executor._few.planned(key):
+    for _work, planned in executor._few.planned(count, count, count):
         for plan, launch in zip(planned, executor._kernels.launches(planned), strict=True):
             label = plan.kernel
             if plan.kernel == "matvec":

@@ -28,7 +28,7 @@ class CudaBackend:
         reason = driver.unavailable() or compiler.unavailable()
         if reason is None:
             device = driver.Device()
-            if int(device.arch.removeprefix("sm_")) < _LEAST_ARCH:
+            if device.capability < _LEAST_ARCH:
                 return f"{device.name} is {device.arch}; the kernels need sm_{_LEAST_ARCH} or later"
         return reason
 

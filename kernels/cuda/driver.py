@@ -245,8 +245,12 @@ class Device:
     @cached_property
     def arch(self) -> str:
         """Compute capability as NVRTC takes it: "sm_80", and "sm_90a" for Hopper's own instructions."""
-        capability = f"{self._attribute('COMPUTE_CAPABILITY_MAJOR')}{self._attribute('COMPUTE_CAPABILITY_MINOR')}"
-        return f"sm_{capability}a" if capability == "90" else f"sm_{capability}"
+        return f"sm_{self.capability}{'a' if self.capability == 90 else ''}"
+
+    @cached_property
+    def capability(self) -> int:
+        """Compute capability: 90 for 9.0."""
+        return 10 * self._attribute("COMPUTE_CAPABILITY_MAJOR") + self._attribute("COMPUTE_CAPABILITY_MINOR")
 
     @cached_property
     def multiprocessors(self) -> int:

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from mixbit.kernels import ops
-from mixbit.kernels.cuda.compiler import Compiler, Source
+from mixbit.kernels.cuda import many
+from mixbit.kernels.cuda.compiler import Compiler, Progress, Source
 from mixbit.kernels.cuda.driver import Buffer, Device, Graph, Launch, Module
 from mixbit.kernels.cuda.linear import Kind
 from mixbit.kernels.cuda.lowering import Bound, Lowering
+from mixbit.kernels.cuda.many import Layers, PlanData
 from mixbit.kernels.cuda.plan import Planned, sources_of
 from mixbit.kernels.cuda.pools import Pools
+from mixbit.kernels.cuda.prefill import Size
 from mixbit.kernels.cuda.step import StepData
 from mixbit.kernels.cuda.weights import Place, Store
-from mixbit.kernels.cuda.works import Work, folded
+from mixbit.kernels.cuda.works import Work, folded, plain
 from mixbit.kernels.executor import Batch, Bytes, CacheConfig, ExecutorOptions
 
-Key = tuple[int, int, int]  # rows, sequences, rows of logits
+
+@dataclass(frozen=True)
+class Key:
+    """All that the launches of a step depend on. size: of the prefill layers, where they take it."""
+
+    rows: int
+    sequences: int
+    selected: int
+    size: Size | None = None
+
+
+_MOST_KEPT = 64  # sizes of steps whose launches are kept
+
 
 FEW_ROWS = 64
 """Rows up to which a step is a graph over the kernels that read each weight for few rows."""
@@ -48,22 +64,24 @@ class CudaExecutor:
         self._blocks = Pools(device, self._bound.kv_pools)
         self._states = Pools(device, self._bound.state_pools)
         self._rows = options.max_tokens
-        self._few = Steps(program, self._bound, self._kernels, min(FEW_ROWS, options.max_tokens))
+        self._few = Steps(program, folded(program), self._bound, self._kernels, min(FEW_ROWS, options.max_tokens))
         self._many: Steps | None = None
-        sizes = [(rows, rows, rows) for rows in (1, 9, 17) if rows <= min(FEW_ROWS, options.max_tokens)]
-        self._kernels.prepare(planned for size in sizes for _, planned in self._few.planned(size))
+        few = [rows for rows in (1, 9) if rows <= options.max_tokens]
+        self._kernels.prepare(
+            sources_of([plan for n in few for _, plans in self._few.planned(n, n, n) for plan in plans])
+        )
         device.synchronize()
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Logits [selected, vocab] of the step; KV and recurrent state are updated in place."""
         self._device.make_current()
         rows, selected = len(batch.tokens), len(batch.logit_rows)
-        key = (rows, len(batch.context_lengths), selected)
-        steps = self._few if rows <= FEW_ROWS else self._steps_of_many()
-        steps.upload(batch)
+        grouped = many.applies(self._bound.kind.dtype, batch)
+        steps = self._few if rows <= FEW_ROWS and not grouped else self._steps_of_many()
+        key = steps.upload(batch, grouped=grouped)
         if self._profile:
             self._run_apart(steps, key)
-        elif rows <= FEW_ROWS:
+        elif steps is self._few:
             self._device.replay(steps.graph(key))
         else:
             self._device.launch(*steps.launches(key))
@@ -75,12 +93,12 @@ class CudaExecutor:
 
     def _steps_of_many(self) -> Steps:
         if self._many is None:
-            self._many = Steps(self._program, self._bound, self._kernels, self._rows)
+            works = plain(self._program) if self._bound.kind.dtype == "bfloat16" else folded(self._program)
+            self._many = Steps(self._program, works, self._bound, self._kernels, self._rows)
         return self._many
 
     def _run_apart(self, steps: Steps, key: Key) -> None:
-        for work, planned in steps.planned(key):
-            launches = self._kernels.launches(planned)
+        for work, launches in steps.parts(key):
             milliseconds = self._device.milliseconds(lambda made=launches: self._device.launch(*made))  # type: ignore[misc]
             self._seconds[ops.kind(work.node)] += milliseconds / 1e3
 
@@ -130,40 +148,47 @@ class Kernels:
     def __init__(self, device: Device, compiler: Compiler) -> None:
         self.device = device
         self._compiler = compiler
-        self._modules: dict[Source, Module] = {}
+        self.modules: dict[Source, Module] = {}
 
-    def prepare(self, planned: Iterable[list[Planned]], progress: Callable[[int, int], None] | None = None) -> None:
+    def prepare(self, sources: Iterable[Source], progress: Progress | None = None) -> None:
         """Compile what is missing, all together."""
-        sources = sources_of([plan for plans in planned for plan in plans])
-        missing = [source for source in sources if source not in self._modules]
+        missing = [source for source in dict.fromkeys(sources) if source not in self.modules]
         for source, code in zip(missing, self._compiler.compile(missing, progress), strict=True):
-            self._modules[source] = self.device.load(code)
+            self.modules[source] = self.device.load(code)
 
     def launches(self, planned: list[Planned]) -> list[Launch]:
         """Launches, of kernels compiled if need be."""
-        self.prepare([planned])
-        return [plan.launch(self._modules) for plan in planned]
+        self.prepare(sources_of(planned))
+        return [plan.launch(self.modules) for plan in planned]
 
 
 class Steps:
     """The steps of at most `most` rows, and what was made for each size of step."""
 
-    def __init__(self, program: ops.Program, bound: Bound, kernels: Kernels, most: int) -> None:
-        self._kernels, self._device = kernels, bound.device
+    def __init__(self, program: ops.Program, works: Sequence[Work], bound: Bound, kernels: Kernels, most: int) -> None:
+        self._bound, self._kernels, self._device, self._most = bound, kernels, bound.device, most
         self._data = StepData(bound.device, most)
-        self._lowering = Lowering(program, folded(program), bound, self._data, most)
+        self._lowering = Lowering(program, works, bound, self._data, most)
         self._dim = program.logits.dim
         self._logits = bound.device.alloc(0)
+        self._plan: PlanData | None = None
+        self._layers: Layers | None = None
         self._launches: dict[Key, list[Launch]] = {}
         self._graphs: dict[Key, Graph] = {}
 
-    def upload(self, batch: Batch) -> None:
-        """Enqueue the copy of a batch to the device."""
+    def upload(self, batch: Batch, *, grouped: bool) -> Key:
+        """Enqueue the copy of a batch to the device; gives the key of its launches. grouped: for the prefill layers."""
         if self._data.upload(batch):
             self._forget()
+        size = None
+        if grouped:
+            self._plan = self._plan or PlanData(self._bound, self._most)
+            size = self._plan.upload(batch)
+        return Key(len(batch.tokens), len(batch.context_lengths), len(batch.logit_rows), size)
 
     def _forget(self) -> None:
         self._device.synchronize()
+        self._layers = None
         self._launches.clear()
         self._graphs.clear()
 
@@ -174,26 +199,53 @@ class Steps:
             self._logits = self._device.alloc(selected * self._dim * 4)
         return self._logits
 
-    def planned(self, key: Key) -> list[tuple[Work, list[Planned]]]:
-        """The work of a step of this size, and its launches."""
-        rows, sequences, selected = key
+    def _works(self, rows: int, selected: int) -> list[tuple[Work, int]]:
+        """The work of a step, each with the rows of its value."""
+        counts = [(work, rows if work.writes[0].rows is ops.Rows.TOKENS else selected) for work in self._lowering.works]
+        return [(work, count) for work, count in counts if count]
+
+    def planned(self, rows: int, sequences: int, selected: int) -> list[tuple[Work, list[Planned]]]:
+        """The work of a step of this size, by the kernels for few rows."""
         logits = self.logits(selected)
+        return [
+            (work, self._lowering.planned(work, count, sequences, logits))
+            for work, count in self._works(rows, selected)
+        ]
+
+    def parts(self, key: Key) -> list[tuple[Work, list[Launch]]]:
+        """The work of a step, each with its launches."""
+        logits = self.logits(key.selected)
+        layers = {} if key.size is None else self._prefill().layers
         made = []
-        for work in self._lowering.works:
-            count = rows if work.writes[0].rows is ops.Rows.TOKENS else selected
-            if count:
-                made.append((work, self._lowering.planned(work, count, sequences, logits)))
+        for work, count in self._works(key.rows, key.selected):
+            layer = layers.get(work)
+            if key.size is not None and layer is not None and layer.worthwhile(count):
+                made.append((work, layer.launches(self._kernels.modules, key.size, count)))
+            else:
+                planned = self._lowering.planned(work, count, key.sequences, logits)
+                made.append((work, self._kernels.launches(planned)))
         return made
+
+    def _prefill(self) -> Layers:
+        assert self._plan is not None
+        if self._layers is None:
+            tables = self._plan.tables(self._data)
+            self._layers = Layers(self._bound, self._lowering, tables, self._logits, self._most)
+            self._kernels.prepare(self._layers.sources)
+        return self._layers
 
     def launches(self, key: Key) -> list[Launch]:
         """All launches of a step of this size."""
+        self.logits(key.selected)
         if key not in self._launches:
-            planned = [plan for _, plans in self.planned(key) for plan in plans]
-            self._launches[key] = self._kernels.launches(planned)
+            if len(self._launches) >= _MOST_KEPT:
+                self._forget()
+            self._launches[key] = [launch for _, launches in self.parts(key) for launch in launches]
         return self._launches[key]
 
     def graph(self, key: Key) -> Graph:
         """The launches of a step of this size as a graph."""
+        launches = self.launches(key)
         if key not in self._graphs:
-            self._graphs[key] = self._device.capture(self.launches(key))
+            self._graphs[key] = self._device.capture(launches)
         return self._graphs[key]

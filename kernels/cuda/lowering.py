@@ -72,7 +72,7 @@ class Lowering:
 
     def __init__(self, program: ops.Program, works: Sequence[Work], bound: Bound, data: StepData, most: int) -> None:
         self.works, self._bound, self._data = tuple(works), bound, data
-        self._logits, device = program.logits, bound.device
+        self.logits, device = program.logits, bound.device
         width = 4 if bound.kind.dtype == "float32" else 2
         places, dims = share_memory(works, program.logits)
         memory = [device.alloc(most * dim * width) for dim in dims]
@@ -82,8 +82,8 @@ class Lowering:
     def planned(self, work: Work, rows: int, sequences: int, logits: Buffer) -> list[Planned]:
         """The launches of one work. rows: of its values. logits: float32 [rows, vocab], filled by the last work."""
         made = self._planned(work, rows, sequences, logits)
-        if self._logits in work.writes and not isinstance(work.node, ops.BatchMatvec):
-            made.append(self._rows("to_logits", rows, self._logits.dim, self.places[self._logits], logits))
+        if self.logits in work.writes and not isinstance(work.node, ops.BatchMatvec):
+            made.append(self._rows("to_logits", rows, self.logits.dim, self.places[self.logits], logits))
         return made
 
     def _planned(self, work: Work, rows: int, sequences: int, logits: Buffer) -> list[Planned]:
@@ -107,9 +107,9 @@ class Lowering:
                 outputs = [
                     Output(
                         store.matrix(spec.matrix),
-                        logits if value is self._logits else at[value],
+                        logits if value is self.logits else at[value],
                         None if spec.bias is None else store.vector(spec.bias),
-                        exact=value is self._logits,
+                        exact=value is self.logits,
                     )
                     for spec, value in zip(specs, work.writes, strict=True)
                 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,12 @@ from mixbit.kernels.executor import Batch
 
 _HEADER = 4  # the first is the width of the tables
 _TABLES = 1 << 16  # entries that there is room for at first
+
+
+class Place(NamedTuple):
+    """Part of memory that its owner keeps."""
+
+    address: int
 
 
 class StepData:
@@ -64,6 +71,20 @@ class StepData:
         """`struct Step`."""
         arrays = [self._address(i) for i in range(6)]
         return as_struct("<8Q", *arrays, self._address(7), self._memory.address)
+
+    def at(self, index: int) -> Place:
+        """The array `index` of `struct Step`; 6: rows of logits."""
+        return Place(self._address(index))
+
+    @property
+    def tables(self) -> Place:
+        """Block tables [sequences, width]."""
+        return Place(self._address(7))
+
+    @property
+    def width(self) -> Place:
+        """Entries in a row of the tables."""
+        return Place(self._memory.address)
 
     @property
     def tokens(self) -> np.uint64:
