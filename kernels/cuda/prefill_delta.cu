@@ -116,11 +116,11 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 }
 
-// Rows [row, row + C) of a [tokens, CHANNELS] array at `channel`, DIM wide, as a tile; zeros outside.
+// Rows [row, row + C) of a [tokens, CHANNELS] array at `channel`, DIM wide, as a tile; zeros outside. By THREADS threads.
 template <int DIM, int ROW_CHUNKS, int THREADS>
-DEVICE void fetch_tile(u32 tile, const u16* mixed, int row, int rows, int channel) {
+DEVICE void fetch_tile(u32 tile, const u16* mixed, int row, int rows, int channel, int thread) {
 #pragma unroll 4
-  for (int i = threadIdx.x; i < C * ROW_CHUNKS; i += THREADS) {
+  for (int i = thread; i < C * ROW_CHUNKS; i += THREADS) {
     const int t = i / ROW_CHUNKS, c = i % ROW_CHUNKS;
     const bool valid = t < rows && c * 8 < DIM;
     copy_async<16>(tile + tile_offset<ROW_CHUNKS>(t, c), valid ? mixed + (u64)(row + t) * CHANNELS + channel + c * 8 : mixed, valid);
@@ -201,9 +201,9 @@ extern "C" __global__ void __launch_bounds__(128)
   const u32 for_values = shared_address(scaled), for_keys = for_values + C * C * 2;
   unsigned char* piece = pieces + ((u64)blockIdx.y * VALUE_HEADS + head) * PIECE_BYTES;
 
-  fetch_tile<KEY_DIM, KEY_CHUNKS, 128>(keys, mixed, chunk.y, chunk.z, KEYS + key_head * KEY_DIM);
-  fetch_tile<KEY_DIM, KEY_CHUNKS, 128>(queries, mixed, chunk.y, chunk.z, key_head * KEY_DIM);
-  fetch_tile<VALUE_DIM, VALUE_CHUNKS, 128>(values, mixed, chunk.y, chunk.z, 2 * KEYS + head * VALUE_DIM);
+  fetch_tile<KEY_DIM, KEY_CHUNKS, 128>(keys, mixed, chunk.y, chunk.z, KEYS + key_head * KEY_DIM, thread);
+  fetch_tile<KEY_DIM, KEY_CHUNKS, 128>(queries, mixed, chunk.y, chunk.z, key_head * KEY_DIM, thread);
+  fetch_tile<VALUE_DIM, VALUE_CHUNKS, 128>(values, mixed, chunk.y, chunk.z, 2 * KEYS + head * VALUE_DIM, thread);
   commit_copies();
   if (warp == 0) {
     // Each lane has tokens 2 * lane and 2 * lane + 1. Rows past the end: no decay, beta 0.
@@ -337,19 +337,49 @@ extern "C" __global__ void __launch_bounds__(128)
 // --- chunk after chunk ---
 
 constexpr int WARPS = VALUE_DIM % 32 == 0 ? 2 : 1;  // each holds sixteen rows of the memory in its registers
+constexpr int FETCHERS = 64;                        // threads beside them that fetch the next chunk
 constexpr int STAGE_BYTES = 3 * C * KEY_PAD * 2 + C * C * 2 + 2 * C * 4;
 
 // Grid: VALUE_DIM / (16 * WARPS), value heads, sequences. memories: float32 [slots, VALUE_HEADS, VALUE_DIM, KEY_DIM].
 // out: [tokens, VALUE_HEADS * VALUE_DIM]. first_chunks: [sequences]. Dynamic shared memory: 2 * STAGE_BYTES.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
+extern "C" __global__ void __launch_bounds__(32 * WARPS + FETCHERS, 1)
     prefill_delta_advance(const u16* mixed, const unsigned char* pieces, float* memories, const int* starts, const int* contexts,
                           const int* slots, const int* first_chunks, u16* out) {
   extern __shared__ __align__(128) unsigned char memory[];
   const int head = blockIdx.y, key_head = head / RATIO, sequence = blockIdx.z;
-  const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
-  const int value = (blockIdx.x * WARPS + threadIdx.x / 32) * 16 + row;  // this lane's rows: value, value + 8
   const int start = starts[sequence], rows = starts[sequence + 1] - start;
   const int first = first_chunks[sequence], count = (rows + C - 1) / C;
+  auto piece_of = [&](int n) { return pieces + ((u64)(first + n) * VALUE_HEADS + head) * PIECE_BYTES; };
+
+  if (threadIdx.x >= 32 * WARPS) {
+    const u32 tiles = shared_address(memory);
+    const int thread = threadIdx.x - 32 * WARPS;
+    for (int n = 0; n <= count; n++) {
+      // The chunk before, in the other stage, is complete once all have come to the barrier; so is the work on this stage.
+      wait_copies<0>();
+      if (n > 0) __syncthreads();
+      if (n == count) return;
+      const u32 stage = tiles + n % 2 * STAGE_BYTES;
+      const unsigned char* piece = piece_of(n);
+      const int left = min(C, rows - n * C), row = start + n * C;
+      fetch_tile<KEY_DIM, KEY_CHUNKS, FETCHERS>(stage, mixed, row, left, key_head * KEY_DIM, thread);
+      fetch_tile<KEY_DIM, KEY_CHUNKS, FETCHERS>(stage + C * KEY_PAD * 2, mixed, row, left, KEYS + key_head * KEY_DIM, thread);
+      const u32 reads = stage + 2 * C * KEY_PAD * 2, within = reads + C * KEY_PAD * 2, factors = within + C * C * 2;
+#pragma unroll 4
+      for (int i = thread; i < C * KEY_CHUNKS; i += FETCHERS)
+        copy_async<16>(reads + tile_offset<KEY_CHUNKS>(i / KEY_CHUNKS, i % KEY_CHUNKS), piece + UPDATE_BYTES + i * 16, true);
+#pragma unroll 4
+      for (int i = thread; i < C * TIME_CHUNKS; i += FETCHERS)
+        copy_async<16>(within + tile_offset<TIME_CHUNKS>(i / TIME_CHUNKS, i % TIME_CHUNKS), piece + UPDATE_BYTES + READ_BYTES + i * 16, true);
+      for (int i = thread; i < 2 * C * 4 / 16; i += FETCHERS)
+        copy_async<16>(factors + i * 16, piece + UPDATE_BYTES + READ_BYTES + WITHIN_BYTES + i * 16, true);
+      commit_copies();
+    }
+    return;
+  }
+
+  const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
+  const int value = (blockIdx.x * WARPS + threadIdx.x / 32) * 16 + row;  // this lane's rows: value, value + 8
   const u32 tiles = shared_address(memory);
   float* const slot = memories + (((u64)slots[sequence] * VALUE_HEADS + head) * VALUE_DIM + value) * KEY_DIM + column;
 
@@ -365,23 +395,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
       }
   }
 
-  auto piece_of = [&](int n) { return pieces + ((u64)(first + n) * VALUE_HEADS + head) * PIECE_BYTES; };
-  auto fetch = [&](int n) {
-    const u32 stage = tiles + n % 2 * STAGE_BYTES;
-    const unsigned char* piece = piece_of(n);
-    const int left = min(C, rows - n * C);
-    fetch_tile<KEY_DIM, KEY_CHUNKS, 32 * WARPS>(stage, mixed, start + n * C, left, key_head * KEY_DIM);
-    fetch_tile<KEY_DIM, KEY_CHUNKS, 32 * WARPS>(stage + C * KEY_PAD * 2, mixed, start + n * C, left, KEYS + key_head * KEY_DIM);
-    const u32 reads = stage + 2 * C * KEY_PAD * 2, within = reads + C * KEY_PAD * 2, factors = within + C * C * 2;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < C * KEY_CHUNKS; i += 32 * WARPS)
-      copy_async<16>(reads + tile_offset<KEY_CHUNKS>(i / KEY_CHUNKS, i % KEY_CHUNKS), piece + UPDATE_BYTES + i * 16, true);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < C * TIME_CHUNKS; i += 32 * WARPS)
-      copy_async<16>(within + tile_offset<TIME_CHUNKS>(i / TIME_CHUNKS, i % TIME_CHUNKS), piece + UPDATE_BYTES + READ_BYTES + i * 16, true);
-    for (int i = threadIdx.x; i < 2 * C * 4 / 16; i += 32 * WARPS)
-      copy_async<16>(factors + i * 16, piece + UPDATE_BYTES + READ_BYTES + WITHIN_BYTES + i * 16, true);
-  };
   u32 fresh[C / 8][2];
   auto fetch_fresh = [&](int n) {
     const u16* update = (const u16*)piece_of(n) + value * C + column;
@@ -392,19 +405,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     }
   };
 
-  fetch(0);
-  commit_copies();
   fetch_fresh(0);
   for (int n = 0; n < count; n++) {
-    if (n + 1 < count) fetch(n + 1);
-    commit_copies();
     float update[C / 8][4], read[C / 8][4] = {};
 #pragma unroll
     for (int j = 0; j < C / 8; j++)
 #pragma unroll
       for (int h = 0; h < 2; h++) update[j][h * 2] = low_bf16(fresh[j][h]), update[j][h * 2 + 1] = high_bf16(fresh[j][h]);
     if (n + 1 < count) fetch_fresh(n + 1);
-    wait_copies<1>();
     __syncthreads();
     const u32 queries = tiles + n % 2 * STAGE_BYTES, keys = queries + C * KEY_PAD * 2, reads = keys + C * KEY_PAD * 2;
     const u32 within = reads + C * KEY_PAD * 2;
@@ -471,7 +479,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
         const int t = j * 8 + column + e % 2;
         if (t < left) to[(u64)t * VALUE_HEADS * VALUE_DIM + e / 2 * 8] = to_bf16(read[j][e]);
       }
-    __syncthreads();
   }
 #pragma unroll
   for (int j = 0; j < KEY_DIM / 8; j++)

@@ -13,7 +13,7 @@ from mixbit.kernels.cuda.prefill import CHUNK, Modules, Plan, Size, Tables, ceil
 from mixbit.kernels.cuda.prefill_attention import columns_defines, even
 from mixbit.kernels.ops import GatedDelta, GatedDeltaSpec
 
-_PITCH = 68  # of prefill_delta.cu
+_PITCH, _FETCHERS = 68, 64  # of prefill_delta.cu
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +109,7 @@ class PrefillDelta:
         solve_shared = 2 * key_tile + value_tile + 4 * _PITCH * (CHUNK + CHUNK // 2) + 4 * CHUNK * CHUNK
         advance_shared = 2 * (3 * key_tile + 2 * CHUNK * CHUNK + 2 * CHUNK * 4)
         warps = 2 if spec.value_dim % 32 == 0 else 1
+        slices, threads = spec.value_dim // (16 * warps), 32 * warps + _FETCHERS
         sequences = (tables.context_lengths, tables.state_slots)
         mix = (at.q, at.k, at.v, at.taps, at.conv, tables.chunks, *sequences, scratch.mixed)
         tail = (at.q, at.k, at.v, at.conv, tables.query_starts, *sequences)
@@ -137,8 +138,6 @@ class PrefillDelta:
             kernel("mix", (size.chunks, 2 * spec.key_heads + heads, 1), 128, mix),
             kernel("tail", (ceil_div(spec.channels, 256), size.sequences, 1), 256, tail),
             kernel("solve", (heads, size.chunks, 1), 128, solve, solve_shared),
-            kernel(
-                "advance", (spec.value_dim // (16 * warps), heads, size.sequences), 32 * warps, advance, advance_shared
-            ),
+            kernel("advance", (slices, heads, size.sequences), threads, advance, advance_shared),
             kernel("norm", (ceil_div(size.tokens * heads, 4), 1, 1), 128, norm),
         ]
