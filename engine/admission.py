@@ -109,6 +109,7 @@ class Admission:
         self._check_tokens(message.sampling.logit_bias, "logit_bias")
         _check(message.max_tokens is None or message.max_tokens >= 1, "max_tokens", message.max_tokens, "at least 1")
         _check(message.logprobs is None or message.logprobs >= 0, "logprobs", message.logprobs, "at least 0")
+        _check(message.logprobs is not None or not message.prompt_logprobs, "prompt_logprobs", True, "logprobs as well")
         _check("" not in message.stop, "stop", "an empty string", "strings with at least one character")
         tokens = message.prompt
         if isinstance(tokens, str):
@@ -123,7 +124,14 @@ class Admission:
             raise RefusedError("invalid_value", str(error), error.param) from None
         stops = prompt_stops(tokens, self._tokenizer.eos_ids)
         return Generation(
-            Request(message.request_id, list(tokens), prompt_tokens=len(tokens), max_length=longest, stops=stops),
+            Request(
+                message.request_id,
+                list(tokens),
+                prompt_tokens=len(tokens),
+                max_length=longest,
+                stops=stops,
+                scored=0 if message.prompt_logprobs else None,
+            ),
             Sampler(message.sampling, tokens, logprobs=message.logprobs, constraint=constraint),
             Detokenizer(self._tokenizer, message.stop, message.shown_tokens),
             frozenset() if message.ignore_eos else self._tokenizer.eos_ids,

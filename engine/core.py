@@ -14,7 +14,7 @@ from mixbit.engine.detokenizer import Piece
 from mixbit.engine.disk_restore import Restore
 from mixbit.engine.disk_tier import DiskTier
 from mixbit.engine.pace import Pace
-from mixbit.engine.protocol import Delta, Failed, Finished, FinishReason, FromWorker, Stats, Usage
+from mixbit.engine.protocol import Delta, Failed, Finished, FinishReason, FromWorker, Stats, TokenLogprobs, Usage
 from mixbit.engine.request import Chunk, Move, Request
 from mixbit.engine.sampling import NonFiniteLogitsError
 from mixbit.engine.scheduler import Scheduler
@@ -34,8 +34,8 @@ _BESIDE_SECONDS = 0.002  # and between steps of what does
 class EngineCore:
     """Scheduler, model, samplers and detokenizers of all requests.
 
-    step: makes the moves, computes chunks and returns logits [rows, vocab], a row for each chunk that samples,
-    in order.
+    step: makes the moves, computes chunks and returns logits [rows, vocab], for each chunk in order those of its
+    `rows`.
     """
 
     def __init__(
@@ -114,10 +114,13 @@ class EngineCore:
         messages: list[FromWorker] = []
         rows = iter(logits)
         for chunk in chunks:
-            samples = chunk.samples
+            samples, wanted = chunk.samples, chunk.rows
+            generation = self._generations[chunk.request.request_id]
             self.scheduler.advance(chunk)
+            if chunk.request.scoring:
+                messages += self._score(generation, [next(rows) for _ in wanted[: len(wanted) - samples]])
             if samples:
-                messages += self._sample(self._generations[chunk.request.request_id], next(rows))
+                messages += self._sample(generation, next(rows))
         if self._disk is not None:
             self._disk.save()
         return messages
@@ -152,6 +155,20 @@ class EngineCore:
     def _queue(self, restore: Restore) -> None:
         for generation in self._arriving.pop(restore):
             self.scheduler.add(generation.request)
+
+    def _score(self, generation: Generation, rows: Sequence[npt.NDArray[np.float32]]) -> list[FromWorker]:
+        """The log-probabilities of the prompt's next tokens, by the logits before each."""
+        request, detokenizer = generation.request, generation.detokenizer
+        assert request.scored is not None
+        entries: list[TokenLogprobs] = []
+        if request.scored == 0:
+            entries.append(detokenizer.entry(request.tokens[0], 0.0))
+            request.scored = 1
+        for row in rows:
+            token = request.tokens[request.scored]
+            entries.append(detokenizer.entry(token, *generation.sampler.score(row, token)))
+            request.scored += 1
+        return [Delta(request_id=request.request_id, text="", token_count=0, logprobs=entries)]
 
     def _sample(self, generation: Generation, logits: npt.NDArray[np.float32]) -> list[FromWorker]:
         try:

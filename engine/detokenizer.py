@@ -50,15 +50,16 @@ class Detokenizer:
         """The text that this token releases. With a logprob, entries are kept for the pieces."""
         tokenizer = self._tokenizer
         data = tokenizer.token_bytes(token) if token in self._shown else tokenizer.visible_bytes(token)
-        logprobs = None
-        if logprob is not None:
-            alternatives = [TokenLogprob(i, tokenizer.token_bytes(i), value) for i, value in top]
-            logprobs = TokenLogprobs(TokenLogprob(token, data, logprob), alternatives)
+        logprobs = None if logprob is None else self._entry(token, data, logprob, top)
         text = self._decoder.decode(data)
         self._decoded += len(text.encode())
         end = self._decoded + len(self._decoder.getstate()[0])  # an unfinished character counts as it stands
         self._pending.append(_Pending(end - len(data), end, logprobs))
         return self._release(text)
+
+    def entry(self, token: int, logprob: float, top: tuple[tuple[int, float], ...] = ()) -> TokenLogprobs:
+        """A token of the prompt with its logprobs."""
+        return self._entry(token, self._tokenizer.token_bytes(token), logprob, top)
 
     def finish(self) -> Piece:
         """What is left at the end of the output. An unfinished character becomes U+FFFD."""
@@ -70,6 +71,10 @@ class Detokenizer:
         count = piece.token_count + len(self._pending)
         self._pending.clear()
         return Piece(piece.text + rest, count, logprobs)
+
+    def _entry(self, token: int, data: bytes, logprob: float, top: tuple[tuple[int, float], ...]) -> TokenLogprobs:
+        alternatives = [TokenLogprob(i, self._tokenizer.token_bytes(i), value) for i, value in top]
+        return TokenLogprobs(TokenLogprob(token, data, logprob), alternatives)
 
     def _release(self, text: str) -> Piece:
         text = self._held + text

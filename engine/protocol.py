@@ -78,6 +78,7 @@ class Generate(Message, frozen=True):
     stop: list[str] = []
     ignore_eos: bool = False
     logprobs: int | None = None  # None: off; n: the chosen token and the n most likely
+    prompt_logprobs: bool = False  # those of the prompt come first, in Deltas without text; the first token's is 0
     grammar: Grammar | None = None
     shown_tokens: list[str] = []  # special tokens that are part of the text; others are not shown
 

@@ -17,8 +17,8 @@ class Request:
     """One sequence from arrival to end.
 
     Set by whoever makes it: request_id, prompt_tokens (count), tokens (the prompt), max_length (tokens of
-    prompt and output at most), stops (ascending; see prompt_stops). Appended to by the engine: tokens. All else
-    is the scheduler's.
+    prompt and output at most), stops (ascending; see prompt_stops), scored. The engine's: tokens are appended to,
+    scored is raised. All else is the scheduler's.
     """
 
     request_id: str
@@ -26,6 +26,7 @@ class Request:
     prompt_tokens: int
     max_length: int
     stops: tuple[int, ...] = ()  # lengths at which the recurrent state is worth keeping
+    scored: int | None = None  # leading prompt tokens whose probability has been told; None: nobody asks
     arrival: int = -1  # place in the order of arrival
     computed: int = 0  # leading tokens whose KV and recurrent state are in the cache
     cached_tokens: int = 0  # prompt tokens that were found in the cache and never computed
@@ -42,6 +43,17 @@ class Request:
     def pending(self) -> int:
         """Tokens to compute before the next one can be sampled: 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def scoring(self) -> bool:
+        """Whether logits of the prompt are still wanted."""
+        return self.scored is not None and self.scored < self.prompt_tokens
+
+    @property
+    def reusable(self) -> int:
+        """Leading tokens that may come from the cache: all but the last, and those whose logits are wanted."""
+        last = len(self.tokens) - 1
+        return last if self.scored is None or not self.scoring else max(0, min(last, self.scored - 1))
 
     @property
     def output_tokens(self) -> int:
@@ -61,6 +73,15 @@ class Chunk:
     def samples(self) -> bool:
         """Whether the next token is sampled after this chunk."""
         return self.start + self.count == len(self.request.tokens)
+
+    @property
+    def rows(self) -> range:
+        """Positions whose logits are wanted: the last if it samples; with scoring, each before a token to be scored."""
+        end = self.start + self.count
+        if self.request.scoring:
+            assert self.request.scored is not None
+            return range(max(self.start, self.request.scored - 1), end)
+        return range(end - 1 if self.samples else end, end)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ class Runner:
         self.executor = executor
 
     def run(self, chunks: Sequence[Chunk], moves: list[Move]) -> npt.NDArray[np.float32]:
-        """Logits [rows, vocab], one row for each chunk that samples, in their order. `moves` are made before."""
+        """Logits [rows, vocab] of the rows of each chunk, in order. `moves` are made before."""
         self.make(moves)
         return self.executor.run(batch_of(chunks))
 
@@ -48,14 +48,14 @@ def batch_of(chunks: Sequence[Chunk]) -> Batch:
         tables[row, : len(blocks)] = blocks
     starts = np.zeros(len(chunks) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
-    samples = np.array([chunk.samples for chunk in chunks])
+    rows = [start - chunk.start + place for chunk, start in zip(chunks, starts, strict=False) for place in chunk.rows]
     return Batch(
         tokens=np.array(tokens, np.int32),
         query_starts=starts,
         context_lengths=np.array([chunk.start for chunk in chunks], np.int32),
         block_tables=tables,
         state_slots=np.array([chunk.request.slot for chunk in chunks], np.int32),
-        logit_rows=starts[1:][samples] - np.int32(1),
+        logit_rows=np.array(rows, np.int32),
     )
 
 

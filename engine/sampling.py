@@ -76,9 +76,14 @@ class Sampler:
             self._penalties.count(token)
         if self._logprobs is None:
             return Choice(token, last=last)
-        total = logits[best] + math.log(np.exp(logits - logits[best]).sum())
+        return Choice(token, *self.score(logits, token), last)
+
+    def score(self, logits: Floats, token: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+        """The log-probability of a token, and the most likely ones with theirs, as many as were asked for."""
+        best = logits.max()
+        total = best + math.log(np.exp(logits - best).sum())
         top = best_ids(logits, self._logprobs).tolist() if self._logprobs else []
-        return Choice(token, float(logits[token] - total), tuple((i, float(logits[i] - total)) for i in top), last)
+        return float(logits[token] - total), tuple((i, float(logits[i] - total)) for i in top)
 
     def _choose(self, logits: Floats, best: int) -> tuple[int, bool]:
         """A token that the grammar permits, and whether it is the grammar's last."""

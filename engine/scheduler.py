@@ -24,6 +24,8 @@ from collections.abc import Callable
 from mixbit.engine.prefix_cache import Match, PrefixCache
 from mixbit.engine.request import Chunk, CopyBlock, CopyState, Move, Request
 
+_SCORED_AT_ONCE = 64  # tokens of a prompt whose logits are wanted
+
 
 class Scheduler:
     """Owns the queue, the running batch, and the prefix cache with all blocks and slots.
@@ -170,10 +172,12 @@ class Scheduler:
         return Chunk(request, request.computed, count)
 
     def _reach(self, request: Request) -> int:
-        """Tokens that one chunk may compute: the state is to be kept after a stop."""
+        """Tokens that one chunk may compute: the state is to be kept after a stop, and logits are large."""
+        most = min(request.pending, _SCORED_AT_ONCE) if request.scoring else request.pending
         if not self.cache.recurrent:
-            return request.pending
-        return next((stop for stop in request.stops if stop > request.computed), len(request.tokens)) - request.computed
+            return most
+        stop = next((stop for stop in request.stops if stop > request.computed), len(request.tokens))
+        return min(most, stop - request.computed)
 
     def _blocks_missing(self, request: Request) -> int:
         return -(-len(request.tokens) // self.block_size) - len(request.blocks)
@@ -195,7 +199,7 @@ class Scheduler:
         """
         while self.waiting and len(self.running) < self.max_running:
             request = self.waiting[0]
-            if not self._begin(request, self.cache.match(request.tokens, len(request.tokens) - 1)):
+            if not self._begin(request, self.cache.match(request.tokens, request.reusable)):
                 return
             self.waiting.popleft()
             self._find_leader(request)
@@ -238,7 +242,7 @@ class Scheduler:
         for other in self.running:
             if other is request:
                 return
-            limit = min(len(request.tokens) - 1, len(other.tokens))
+            limit = min(request.reusable, len(other.tokens))
             shared = 0
             while shared + size <= limit and (
                 request.tokens[shared : shared + size] == other.tokens[shared : shared + size]
@@ -270,7 +274,7 @@ class Scheduler:
         """Exchange blocks that are still to be computed for those of the cache that by now say the same."""
         cache, before = self.cache, request.node
         assert before is not None
-        match = cache.match(request.tokens, len(request.tokens) - 1, before)
+        match = cache.match(request.tokens, request.reusable, before)
         if match.length <= request.computed:
             return
         path = cache.acquire(match.node)

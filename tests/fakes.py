@@ -33,7 +33,7 @@ class Reply:
     pieces: Sequence[str] = ("Hello", " world")
     reason: FinishReason = "stop"
     stop: str | None = None
-    logprobs: Sequence[TokenLogprobs] | None = None  # one for each piece
+    logprobs: Sequence[TokenLogprobs | Sequence[TokenLogprobs]] | None = None  # one, or some, for each piece
     delay: float = 0.0
     refuse: RequestRefused | None = None
     fail: RequestFailed | None = None
@@ -87,7 +87,8 @@ class FakeCompletion:
             if self._engine.state is not EngineState.READY:
                 self._end()
                 raise RequestFailed("worker_died", "the engine worker died")
-            logprobs = [reply.logprobs[number]] if reply.logprobs and self._request.logprobs is not None else []
+            told = reply.logprobs[number] if reply.logprobs and self._request.logprobs is not None else ()
+            logprobs = [told] if isinstance(told, TokenLogprobs) else list(told)
             yield Delta(request_id=self.request_id, text=piece, token_count=1, logprobs=logprobs)
         if reply.hang:
             await asyncio.Event().wait()
@@ -126,6 +127,7 @@ class FakeEngine:
     reply: Reply | Callable[[Generate], Reply] = field(default_factory=Reply)
     state: EngineState = EngineState.READY
     ready: Ready | None = FAKE_READY
+    on_demand: bool = False
     progress: Progress | None = None
     stats: Stats | None = None
     restarts: int = 0

@@ -14,7 +14,7 @@ from mixbit.engine.protocol import Delta, FinishReason, Generate, TokenLogprobs
 from mixbit.server.answer import Answer, Json
 from mixbit.server.errors import ApiError, invalid
 from mixbit.server.generation import Batch, api_error, choice_seed, require_ready, resolve_sampling, stop_strings
-from mixbit.server.logprobs import completion_logprobs
+from mixbit.server.logprobs import completion_logprobs, of_prompt
 from mixbit.server.model import ServedModel
 from mixbit.server.output import explicit_grammar
 from mixbit.server.schema.completions import CreateCompletionRequest, CreateCompletionResponse
@@ -29,30 +29,47 @@ Prompt = str | list[int]
 
 @dataclass
 class CompletionFormat:
-    """Plain choices. `echoes`: what each choice begins with. `top_logprobs`: None for no logprobs."""
+    """Plain choices. echoes: what each choice begins with. top_logprobs: None for no logprobs.
+
+    scored: of each choice, the tokens of its prompt, whose logprobs come first; 0 if only the answer's do.
+    """
 
     echoes: Sequence[str]
     top_logprobs: int | None
+    scored: Sequence[int]
     object: str = "text_completion"
     chunk_object: str = "text_completion"
     prompt_param: str = "prompt"
     _offsets: dict[int, int] = field(default_factory=dict)  # characters streamed of each choice
+    _prompts: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # what has come of each
 
     def whole(self, index: int, text: str, logprobs: Sequence[TokenLogprobs], reason: FinishReason) -> Json:
         """A complete choice."""
-        echo = self.echoes[index]
-        return _choice(index, echo + text, self._logprobs(logprobs, len(echo)), reason)
+        echo, count = self.echoes[index], self.scored[index]
+        told = self._logprobs(logprobs[count:], len(echo))
+        if count and told is not None:
+            prompt = self._of_prompt(index, logprobs[:count])
+            told = {name: value and [*prompt[name], *value] for name, value in told.items()}
+        return _choice(index, echo + text, told, reason)
 
     def first(self, index: int) -> Json | None:
-        """The prompt, if it is to be echoed."""
+        """The prompt, if it is to be echoed and nothing else is to be told of it."""
         echo = self.echoes[index]
-        return _choice(index, echo) if echo else None
+        return _choice(index, echo) if echo and not self.scored[index] else None
 
     def piece(self, index: int, delta: Delta) -> list[Json]:
-        """More text."""
-        offset = self._offsets.get(index, len(self.echoes[index]))
-        self._offsets[index] = offset + len(delta.text)
-        return [_choice(index, delta.text, self._logprobs(delta.logprobs, offset))]
+        """More text, or the prompt once all is known of it."""
+        prompt = self._prompts.setdefault(index, [])
+        missing = self.scored[index] - len(prompt)
+        prompt += delta.logprobs[:missing]
+        choices: list[Json] = []
+        if missing and len(prompt) == self.scored[index]:
+            choices.append(_choice(index, self.echoes[index], self._of_prompt(index, prompt)))
+        if delta.text or delta.logprobs[missing:]:
+            offset = self._offsets.get(index, len(self.echoes[index]))
+            self._offsets[index] = offset + len(delta.text)
+            choices.append(_choice(index, delta.text, self._logprobs(delta.logprobs[missing:], offset)))
+        return choices
 
     def last(self, index: int, reason: FinishReason) -> list[Json]:
         """Why it ended."""
@@ -62,6 +79,10 @@ class CompletionFormat:
         if self.top_logprobs is None:
             return None
         return completion_logprobs(tokens, offset, with_top=self.top_logprobs > 0)
+
+    def _of_prompt(self, index: int, tokens: Sequence[TokenLogprobs]) -> Json:
+        shown, first = of_prompt(tokens, self.echoes[index])
+        return completion_logprobs(shown, 0, with_top=bool(self.top_logprobs), first=first)
 
 
 def _choice(index: int, text: str, logprobs: Json | None = None, reason: FinishReason | None = None) -> Json:
@@ -87,7 +108,8 @@ async def create_completion(body: CreateCompletionRequest, request: Request, ser
         batch = await Batch.start(service.engine, _plan(body, prompts, service.model, name), per_prompt=n)
     except RequestRefused as error:
         raise api_error(error, "prompt") from None
-    form = CompletionFormat([echo for echo in echoes for _ in range(n)], body.logprobs)
+    scored = [each.prompt_tokens if _scores_prompt(body) else 0 for each in batch.completions]
+    form = CompletionFormat([echo for echo in echoes for _ in range(n)], body.logprobs, scored)
     return await Answer(name, service.model.name, batch, form, body).response(request)
 
 
@@ -104,11 +126,16 @@ def _plan(body: CreateCompletionRequest, prompts: Sequence[Prompt], model: Serve
             stop=stop_strings(body),
             ignore_eos=bool(body.ignore_eos),
             logprobs=body.logprobs,
+            prompt_logprobs=_scores_prompt(body),
             grammar=explicit_grammar(body),
         )
         for index, prompt in enumerate(prompts)
         for choice in range(n)
     ]
+
+
+def _scores_prompt(body: CreateCompletionRequest) -> bool:
+    return bool(body.echo) and body.logprobs is not None
 
 
 def _prompts(body: CreateCompletionRequest) -> list[Prompt]:
@@ -139,8 +166,6 @@ def _refuse_unsupported(body: CreateCompletionRequest) -> None:
         raise invalid("'stream_options' needs 'stream': true.", "stream_options")
     if (body.best_of or 1) > (body.n or 1):
         raise _unsupported("best_of", "choosing the best of several is not supported; use 'n'")
-    if body.echo and body.logprobs is not None:
-        raise _unsupported("echo", "log-probabilities of the prompt are not supported; leave 'echo' or 'logprobs' out")
     if body.echo and body.suffix:
         raise _unsupported("echo", "not supported together with 'suffix'")
 

@@ -43,7 +43,9 @@ class CreateCompletionRequest(SamplingFields):
 
     prompt: Prompt
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = Field(None, description="16 if absent.")
-    echo: bool | None = Field(None, description="Begin each choice with its prompt.")
+    echo: bool | None = Field(
+        None, description="Begin each choice with its prompt; with `logprobs` its tokens' too, the first's being null."
+    )
     suffix: str | None = Field(None, description="Fill in between prompt and suffix, if the model can.")
     logprobs: Annotated[int, Field(ge=0, le=REQUEST.max_top_logprobs)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="Must not exceed n.")
@@ -54,7 +56,7 @@ class CompletionLogprobs(ResponseModel):
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]] | None
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 

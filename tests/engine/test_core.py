@@ -26,6 +26,13 @@ def encode(text: str) -> list[int]:
     return TOKENIZER.encode(text, add_special_tokens=False)
 
 
+def likely(token: int) -> npt.NDArray[np.float32]:
+    """A row by which a prompt token, and the one after it, have log-probabilities that only they have."""
+    row = np.zeros(TOKENIZER.vocab_size, np.float32)
+    row[token] = 1 + token / 100
+    return row
+
+
 @dataclass
 class ScriptedModel:
     """Continues any prompt with its script, from where the request stands. `fault` may raise or spoil a row."""
@@ -41,6 +48,7 @@ class ScriptedModel:
         self.fault(chunks)
         rows = []
         for chunk in chunks:
+            rows += [likely(chunk.request.tokens[place + 1]) for place in chunk.rows[: len(chunk.rows) - chunk.samples]]
             if chunk.samples:
                 row = np.zeros(TOKENIZER.vocab_size, np.float32)
                 row[self.script[chunk.request.output_tokens % len(self.script)]] = 10
@@ -100,6 +108,52 @@ def test_the_end_token_stops_and_is_counted_but_not_shown() -> None:
     assert finished.usage.completion_tokens == len(script)
     assert finished.usage.prompt_tokens == len(encode("the cat"))
     assert said[-1] is finished
+
+
+LETTERS = [*encode("h"), *encode("a"), *encode("t")]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("length", [1, 2, 15, 40, 90])
+def test_the_probabilities_of_a_prompt_come_first_however_it_is_cut_and_cached(length: int, times: int) -> None:
+    prompt = [token % TOKENIZER.vocab_size for token in range(5, 5 + length)]
+    core = engine(ScriptedModel(LETTERS))
+    run(core, message("earlier", prompt, max_tokens=2))
+    names = [f"r{number}" for number in range(times)]
+    said = run(
+        core,
+        message("free"),
+        *(message(each, prompt, logprobs=2, prompt_logprobs=True, max_tokens=3) for each in names),
+    )
+    for name in names:
+        deltas = [each for each in said if isinstance(each, Delta) and each.request_id == name]
+        entries = [entry for delta in deltas for entry in delta.logprobs]
+        scored = entries[:length]
+        assert [entry.chosen.token_id for entry in scored] == prompt
+        assert scored[0].chosen.logprob == 0
+        for entry in scored[1:]:
+            row = likely(entry.chosen.token_id).astype(np.float64)
+            expected = row[entry.chosen.token_id] - np.log(np.exp(row).sum())
+            assert entry.chosen.logprob == pytest.approx(expected, abs=1e-5)
+            assert entry.top[0] == entry.chosen
+            assert len(entry.top) == 2
+        assert text_of(said, name) == "hat"
+        assert len(entries) == length + 3
+        assert [delta.token_count for delta in deltas if not delta.text] == [0] * (len(deltas) - 3)
+        assert finish(said, name).usage.cached_tokens == 0
+    assert text_of(said, "free") == "hathathath"
+
+
+def test_a_scored_prompt_that_must_begin_again_tells_nothing_twice() -> None:
+    prompt = list(range(5, 45))
+    core = engine(ScriptedModel(LETTERS))
+    core.add(core.admission.admit(message("a", prompt, logprobs=0, prompt_logprobs=True, max_tokens=3)))
+    said = core.step()
+    core.scheduler.isolate([])
+    while not core.idle:
+        said += core.step()
+    entries = [entry for each in said if isinstance(each, Delta) for entry in each.logprobs]
+    assert [entry.chosen.token_id for entry in entries] == [*prompt, *LETTERS]
 
 
 def test_ignore_eos_goes_on_to_the_limit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.fakes import FakeEngine, Reply, failure
 from tests.server.support import connect, error_of, events, served_model
 
 PATH = "/v1/completions"
+NAMES = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 async def ask(engine: FakeEngine, **body: Any) -> Any:
@@ -97,6 +99,39 @@ async def test_logprobs_are_parallel_lists(stream: bool) -> None:
     assert joined["top_logprobs"] == [{"ab": -0.5, "x": -1.0}, {"y": -0.2, "c": -2.0}]
 
 
+@pytest.mark.parametrize("pieces", [[2, 1, 1], [4], [1, 3], [3, 1]])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_echoed_prompt_has_logprobs_too(stream: bool, bos: bool, pieces: list[int]) -> None:
+    """pieces: how many entries come at once, of the prompt "ab", "c" and the answer "d", "e"."""
+
+    def token(text: str, value: float) -> TokenLogprobs:
+        own = TokenLogprob(token_id=1, text=text.encode(), logprob=value)
+        return TokenLogprobs(own, [own, TokenLogprob(token_id=2, text=b"x", logprob=-9.0)])
+
+    entries = [token("ab", 0.0 if not bos else -0.1), token("c", -0.2), token("d", -0.3), token("e", -0.4)]
+    entries = [token("<s>", 0.0), *entries] if bos else entries
+    sizes = [pieces[0] + bos, *pieces[1:]]
+    ends = list(itertools.accumulate(sizes))
+    groups = [entries[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    written = ["".join(each.chosen.text.decode() for each in group if each in entries[-2:]) for group in groups]
+    reply = Reply(written, logprobs=groups, prompt_tokens=2 + bos)
+    engine = FakeEngine(reply)
+    answer = await ask(engine, prompt="abc", echo=True, logprobs=1, stream=stream)
+    assert engine.requests[0].prompt_logprobs
+    chunks = answer[:-1] if stream else [answer]
+    for chunk in chunks:
+        CreateCompletionResponse.model_validate(chunk, strict=True)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(choice["text"] for choice in choices) == "abcde"
+    joined = {name: [v for choice in choices if choice["logprobs"] for v in choice["logprobs"][name]] for name in NAMES}
+    assert joined["tokens"] == ["ab", "c", "d", "e"]
+    assert joined["token_logprobs"] == [-0.1 if bos else None, -0.2, -0.3, -0.4]
+    assert joined["text_offset"] == [0, 2, 3, 4]
+    assert (joined["top_logprobs"][0] is None) is not bos
+    assert joined["top_logprobs"][1] == {"c": -0.2, "x": -9.0}
+
+
 async def test_suffix_is_filled_in_with_the_models_tokens() -> None:
     engine = FakeEngine()
     fim = FillInMiddle(prefix="<P>", suffix="<S>", middle="<M>")
@@ -121,7 +156,6 @@ async def test_suffix_is_filled_in_with_the_models_tokens() -> None:
         ({"prompt": ["x"] * 20, "n": 20}, "n"),
         ({"prompt": "x", "best_of": 2}, "best_of"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
-        ({"prompt": "x", "echo": True, "logprobs": 1}, "echo"),
         ({"prompt": "x", "logprobs": 1000}, "logprobs"),
         ({"prompt": "x", "stream_options": {}}, "stream_options"),
     ],

@@ -149,6 +149,24 @@ def test_logprobs_are_of_the_tokens_of_the_text(tiny_server: RunningServer) -> N
         assert entry["logprob"] == values[0] <= 0  # greedy
 
 
+def test_an_echoed_prompt_has_logprobs_and_changes_none_of_the_answers(tiny_server: RunningServer) -> None:
+    body: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "logprobs": 2}
+    tokens = [token % 200 for token in range(7, 7 + 150)]  # more than are scored at once
+    written = post(tiny_server, TEXT, prompt=tokens, max_tokens=40, **body).json()["choices"][0]
+    generated = written["logprobs"]["token_logprobs"]
+    with tiny_server.client() as client:
+        text = client.post("/detokenize", json={"tokens": tokens}).json()["content"]
+    for prompt in (tokens, tokens[:1]):
+        echoed = post(tiny_server, TEXT, prompt=prompt, echo=True, max_tokens=40, **body).json()
+        values = echoed["choices"][0]["logprobs"]["token_logprobs"]
+        assert len(values) == len(prompt) + 40
+        assert values[0] is None
+        assert echoed["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        if prompt is tokens:
+            assert echoed["choices"][0]["text"].startswith(text)
+            assert values[len(prompt) :] == pytest.approx(generated, abs=1e-3)
+
+
 def test_logit_bias_decides(tiny_server: RunningServer) -> None:
     body: dict[str, Any] = {"prompt": "x", "temperature": 0, "max_tokens": 5, "ignore_eos": True}
     plain = post(tiny_server, TEXT, **body, logprobs=0).json()["choices"][0]["logprobs"]["tokens"]
