@@ -37,9 +37,9 @@ def api_error(error: RequestError, prompt_param: str) -> ApiError:
 
 def require_ready(engine: Engine) -> None:
     """Raise a 503 with Retry-After unless the engine takes requests."""
-    if engine.state is EngineState.READY:
-        return
     loading = engine.state in {EngineState.STARTING, EngineState.LOADING}
+    if engine.state is EngineState.READY or (engine.on_demand and (loading or engine.state is EngineState.UNLOADED)):
+        return
     text = "The model is being loaded." if loading else engine.message or f"The engine is {engine.state}."
     code = "model_loading" if loading else f"engine_{engine.state}"
     raise ApiError(503, text, code=code, headers={"retry-after": "2"})
