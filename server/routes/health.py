@@ -11,6 +11,7 @@ from mixbit.server.service import CurrentService
 router = APIRouter(tags=["server"])
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", response_model=Health, responses={503: {"model": Health}})
 async def health(service: CurrentService) -> Response:
     """200 if the model is loaded and the engine runs, else 503."""

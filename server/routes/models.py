@@ -13,6 +13,7 @@ from mixbit.server.service import CurrentService, Service
 router = APIRouter(tags=["models"])
 
 
+@router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models")
 async def list_models(service: CurrentService) -> ListModelsResponse:
     """The served name first, then its aliases."""

@@ -10,6 +10,7 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")
+@router.head("/")  # agents look whether someone is there
 async def page(request: Request) -> Response:
     """Chat, and the model as it is."""
     return FILES["index.html"].response(request)

@@ -247,6 +247,14 @@ def test_models_and_names(tiny_server: RunningServer) -> None:
     assert post(tiny_server, CHAT, **ASK, model="other").status_code == 404
 
 
+def test_a_client_may_look_whether_someone_is_there(tiny_server: RunningServer) -> None:
+    with tiny_server.client() as client:
+        for path in ("/", "/health", "/v1/models"):
+            found = client.head(path)
+            assert (found.status_code, found.content) == (200, b""), path
+            assert client.get(path).headers["content-length"] == found.headers["content-length"]
+
+
 # --- the openai SDK ---
 
 
