@@ -71,10 +71,15 @@ class Bench:
         """Print each launch's time; work: (bytes, operations) of each, or nothing."""
         self.device.launch(*launches)
         self.device.synchronize()
+        previous = 0.0
         for i, launch in enumerate(launches):
-            graph = self.device.capture([launch] * repeat)
+            # The scatter moves what the scan has set, and cannot be repeated without it.
+            lead = [launches[i - 1]] if launch.kernel.name == "prefill_scatter" else []
+            graph = self.device.capture([*lead, launch] * repeat)
             replay = partial(self.device.replay, graph)
             micros = min(self.device.milliseconds(replay) for _ in range(3)) * 1e3 / repeat
+            micros -= previous if lead else 0
+            previous = micros
             name = f"{label}: {launch.kernel.name.removeprefix('prefill_')}"
             self.micros[label] += micros
             nbytes, operations = work[i] if i < len(work) else (0, 0)
@@ -171,6 +176,7 @@ def moe(bench: Bench, tokens: int) -> None:
     work = [
         (tokens * HIDDEN * 2 + EXPERTS * HIDDEN * 8.5 / 8, 2.0 * tokens * EXPERTS * HIDDEN),
         (tokens * EXPERTS * 4, 0),
+        (pairs * 4, 0),
         (pairs * 12, 0),
         (2 * used + tokens * HIDDEN * 2 + pairs * FFN * 2, 2 * product * pairs),
         (used + pairs * (FFN + HIDDEN) * 2, product * pairs),

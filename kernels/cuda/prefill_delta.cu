@@ -184,8 +184,8 @@ DEVICE void invert_unit_lower(float* matrix, float* spare) {
   small_products<32, 1>([&](int) { return matrix + 32 * PITCH + 32; }, [&](int) { return spare; }, corner, -1);
 }
 
-// Grid: value heads, chunks. Dynamic shared memory: tiles of k, q and v, the triangular matrix and half as much to spare,
-// and two [C, C] tiles (kernels/cuda/prefill_delta.py).
+// Grid: value heads, chunks. Dynamic shared memory: tiles of k, of q (or two of [C, C], if that is more) and of v, the
+// triangular matrix and half as much to spare.
 extern "C" __global__ void __launch_bounds__(128)
     prefill_delta_solve(const u16* mixed, const u16* b, const u16* a, const float* rate, const float* dt_bias, const Chunk* chunks,
                         unsigned char* pieces) {
@@ -194,11 +194,13 @@ extern "C" __global__ void __launch_bounds__(128)
   const Chunk chunk = chunks[blockIdx.y];
   const int head = blockIdx.x, key_head = head / RATIO;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, row = lane / 4, column = lane % 4 * 2;
-  const u32 keys = shared_address(memory), queries = keys + C * KEY_PAD * 2, values = queries + C * KEY_PAD * 2;
-  float* matrix = (float*)(memory + 2 * C * KEY_PAD * 2 + C * VALUE_PAD * 2);
+  constexpr int QUERY_BYTES = KEY_PAD > 2 * C ? C * KEY_PAD * 2 : 2 * C * C * 2;
+  const u32 keys = shared_address(memory), queries = keys + C * KEY_PAD * 2, values = queries + QUERY_BYTES;
+  float* matrix = (float*)(memory + C * KEY_PAD * 2 + QUERY_BYTES + C * VALUE_PAD * 2);
   float* spare = matrix + C * PITCH;
-  unsigned char* scaled = (unsigned char*)(spare + C / 2 * PITCH);  // the inverse, scaled for V and for K
-  const u32 for_values = shared_address(scaled), for_keys = for_values + C * C * 2;
+  // The inverse, scaled for V and for K, takes the place of the queries.
+  unsigned char* scaled = memory + C * KEY_PAD * 2;
+  const u32 for_values = queries, for_keys = queries + C * C * 2;
   unsigned char* piece = pieces + ((u64)blockIdx.y * VALUE_HEADS + head) * PIECE_BYTES;
 
   fetch_tile<KEY_DIM, KEY_CHUNKS, 128>(keys, mixed, chunk.y, chunk.z, KEYS + key_head * KEY_DIM, thread);

@@ -106,7 +106,7 @@ class PrefillDelta:
         spec, at, scratch, tables = self._node.spec, self._places, self._scratch, self._tables
         module, heads = modules[self._source], spec.value_heads
         key_tile, value_tile = 2 * CHUNK * _padded(spec.key_dim), 2 * CHUNK * _padded(spec.value_dim)
-        solve_shared = 2 * key_tile + value_tile + 4 * _PITCH * (CHUNK + CHUNK // 2) + 4 * CHUNK * CHUNK
+        solve_shared = key_tile + max(key_tile, 4 * CHUNK * CHUNK) + value_tile + 4 * _PITCH * (CHUNK + CHUNK // 2)
         advance_shared = 2 * (3 * key_tile + 2 * CHUNK * CHUNK + 2 * CHUNK * 4)
         warps = 2 if spec.value_dim % 32 == 0 else 1
         slices, threads = spec.value_dim // (16 * warps), 32 * warps + _FETCHERS

@@ -145,10 +145,12 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
   const void* biases = second ? pair.biases : matrix.biases;
   const unsigned char* codes[RUNS];
   u32 group_base[RUNS];
+  bool wanted[RUNS];  // rows past the matrix are not read: their columns come out as anything, and are not stored
 #pragma unroll
   for (int r = 0; r < RUNS; r++) {
     const int row = (thread + r * THREADS) / 2;
-    const int column = min(first + (PAIRED ? row / 16 * 8 + row % 8 : row), matrix.rows - 1);
+    const int column = first + (PAIRED ? row / 16 * 8 + row % 8 : row);
+    wanted[r] = column < matrix.rows;
     codes[r] = (const unsigned char*)(second ? pair.codes : matrix.codes) + ((u64)column * depth + half * 32) / 8 * F::BITS;
     group_base[r] = column * (depth / F::GROUP);
   }
@@ -168,11 +170,13 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
     const bool inside = step * DEPTH + (int)half * 32 < depth;
     if (!inside) return;
 #pragma unroll
-    for (int r = 0; r < RUNS; r++)
+    for (int r = 0; r < RUNS; r++) {
+      if (!wanted[r]) continue;
 #pragma unroll
       for (int v = 0; v < F::VECTORS; v++)
         copy_async<F::VECTOR>(raw + step % CODE_STAGES * F::RAW_BYTES + ((r * F::VECTORS + v) * THREADS + thread) * F::VECTOR,
                               codes[r] + (u64)step * (DEPTH / 8 * F::BITS) + v * F::VECTOR, true);
+    }
   };
   // Where copies are VECTOR bytes wide, word w of a run is in vector w * 4 / VECTOR.
   auto read_words = [&](u32* words, int step, int r, int from, int n) {
@@ -190,7 +194,7 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
   auto fetch_affine = [&](Affine<F>* to, int step) {
     const int column = step * DEPTH + half * 32;
 #pragma unroll
-    for (int r = 0; r < RUNS; r++) to[r].load(scales, biases, group_base[r] + column / F::GROUP, column < depth);
+    for (int r = 0; r < RUNS; r++) to[r].load(scales, biases, group_base[r] + column / F::GROUP, wanted[r] && column < depth);
   };
   constexpr int WORDS = F::DENSE ? F::BITS / 4 : F::BITS;
   alignas(16) u32 words[RUNS][WORDS];
@@ -243,9 +247,7 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
     const u32 x_tile = x_tiles + step % STAGES * X_BYTES, w_tile = w_tiles + step % BUFFERS * W_BYTES;
 #ifdef WARPGROUPS
     if (BUFFERS == 2) wait_products<0>();
-#ifndef TEST_NOFENCE
     publish_tiles();
-#endif
     __syncthreads();
     const u64 left = tile_descriptor(x_tile + warp_m / 4 * 64 * 128), right = tile_descriptor(w_tile + warp_n * 128 * 128);
     begin_products();

@@ -61,44 +61,64 @@ extern "C" __global__ void __launch_bounds__(128)
   for (int at = lane; at < top_k; at += 32) weights[(u64)token * top_k + at] /= total;
 }
 
-// Counting sort of the pairs by expert, in one block. order[row] = pair, row_of[pair] = row; tiles of at most BM rows:
-// (expert, first row, rows, 0). Which of an expert's rows a pair gets has no effect on its result.
+// A counting sort of the pairs by expert begins: places[e] = first row of expert e, and tiles of at most BM rows:
+// (expert, first row, rows, 0). One block.
 extern "C" __global__ void __launch_bounds__(1024)
-    prefill_group(const int* experts, int* order, int* row_of, int4* tiles, int* tile_count, int pairs) {
-  __shared__ int counts[EXPERTS], totals[32], tile_totals[32];
+    prefill_scan(const int* experts, int* places, int4* tiles, int* tile_count, int pairs) {
+  __shared__ int counts[EXPERTS], row_totals[32], tile_totals[32];
+  constexpr int RUN = (EXPERTS + 1023) / 1024;  // experts of a thread
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   for (int e = thread; e < EXPERTS; e += 1024) counts[e] = 0;
   __syncthreads();
-#pragma unroll 4
-  for (int pair = thread; pair < pairs; pair += 1024) atomicAdd(&counts[__ldg(experts + pair)], 1);
+#pragma unroll 8
+  for (int four = thread; four < pairs / 4; four += 1024) {
+    const int4 chosen = __ldg((const int4*)experts + four);
+    atomicAdd(counts + chosen.x, 1), atomicAdd(counts + chosen.y, 1), atomicAdd(counts + chosen.z, 1), atomicAdd(counts + chosen.w, 1);
+  }
+  if (thread < pairs % 4) atomicAdd(counts + experts[pairs - 1 - thread], 1);
   __syncthreads();
-  // Each thread scans a run of experts, then runs are scanned within and across warps.
-  constexpr int RUN = (EXPERTS + 1023) / 1024;
-  int rows = 0, blocks = 0;
-  for (int e = thread * RUN; e < min(thread * RUN + RUN, EXPERTS); e++) rows += counts[e], blocks += (counts[e] + BM - 1) / BM;
-  int row = rows, block = blocks;
+  int count[RUN], rows = 0, blocks = 0;
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int r = __shfl_up_sync(0xffffffffu, row, step), b = __shfl_up_sync(0xffffffffu, block, step);
-    if (lane >= step) row += r, block += b;
+  for (int i = 0; i < RUN; i++) {
+    const int expert = thread * RUN + i;
+    count[i] = expert < EXPERTS ? counts[expert] : 0;
+    rows += count[i], blocks += (count[i] + BM - 1) / BM;
   }
-  if (lane == 31) totals[warp] = row, tile_totals[warp] = block;
+  int row = rows, block = blocks;
+  auto scan = [&](int& a, int& b) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int before_a = __shfl_up_sync(0xffffffffu, a, step), before_b = __shfl_up_sync(0xffffffffu, b, step);
+      if (lane >= step) a += before_a, b += before_b;
+    }
+  };
+  scan(row, block);
+  if (lane == 31) row_totals[warp] = row, tile_totals[warp] = block;
   __syncthreads();
-  row -= rows, block -= blocks;
-  for (int w = 0; w < warp; w++) row += totals[w], block += tile_totals[w];
-  for (int e = thread * RUN; e < min(thread * RUN + RUN, EXPERTS); e++) {
-    const int count = counts[e];
-    counts[e] = row;
-    for (int done = 0; done < count; done += BM) tiles[block++] = make_int4(e, row + done, min(BM, count - done), 0);
-    row += count;
+  if (warp == 0) {
+    int a = row_totals[lane], b = tile_totals[lane];
+    scan(a, b);
+    row_totals[lane] = a, tile_totals[lane] = b;
   }
-  if (thread == 1023) *tile_count = block;
   __syncthreads();
-#pragma unroll 4
-  for (int pair = thread; pair < pairs; pair += 1024) {
-    const int at = atomicAdd(&counts[__ldg(experts + pair)], 1);
-    order[at] = pair, row_of[pair] = at;
+  row += (warp > 0 ? row_totals[warp - 1] : 0) - rows, block += (warp > 0 ? tile_totals[warp - 1] : 0) - blocks;
+#pragma unroll
+  for (int i = 0; i < RUN; i++) {
+    const int expert = thread * RUN + i;
+    if (expert >= EXPERTS) break;
+    places[expert] = row;
+    for (int done = 0; done < count[i]; done += BM) tiles[block++] = make_int4(expert, row + done, min(BM, count[i] - done), 0);
+    row += count[i];
   }
+  if (thread == 1023) *tile_count = tile_totals[31];
+}
+
+// It ends: order[row] = pair and row_of[pair] = row. Which of its expert's rows a pair gets has no effect on its result.
+extern "C" __global__ void __launch_bounds__(256) prefill_scatter(const int* experts, int* places, int* order, int* row_of, int pairs) {
+  const int pair = blockIdx.x * 256 + threadIdx.x;
+  if (pair >= pairs) return;
+  const int row = atomicAdd(places + experts[pair], 1);
+  order[row] = pair, row_of[pair] = row;
 }
 #endif
 

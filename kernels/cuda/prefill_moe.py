@@ -141,6 +141,7 @@ class MoeScratch:
         pairs, experts, dim = max_tokens * spec.top_k, spec.router.out_dim, spec.router.in_dim
         self.tiles_most = most_tiles(pairs, experts)
         self.logits = device.alloc(max_tokens * experts * 4)
+        self.places = device.alloc(experts * 4)
         self.experts, self.weights, self.order, self.row_of = (device.alloc(pairs * 4) for _ in range(4))
         self.tiles, self.tile_count = device.alloc(self.tiles_most * 16), device.alloc(16)
         self.hidden = device.alloc(pairs * spec.experts.gate.out_dim * 2)
@@ -202,7 +203,8 @@ class Moe:
             return modules[self._around].function(name)
 
         route = (scratch.logits, scratch.experts, scratch.weights, np.int32(tokens), top_k, np.int32(spec.normalize))
-        group = (scratch.experts, scratch.order, scratch.row_of, scratch.tiles, scratch.tile_count, np.int32(pairs))
+        scan = (scratch.experts, scratch.places, scratch.tiles, scratch.tile_count, np.int32(pairs))
+        scatter = (scratch.experts, scratch.places, scratch.order, scratch.row_of, np.int32(pairs))
         most = most_tiles(pairs, spec.router.out_dim)
         tiles: dict[str, Addressed | int] = {
             "tiles": scratch.tiles,
@@ -224,7 +226,8 @@ class Moe:
         return [
             *self._gates.launches(modules, tokens),
             Launch(around("prefill_route"), (ceil_div(tokens, 4), 1, 1), (128, 1, 1), route),
-            Launch(around("prefill_group"), (1, 1, 1), (1024, 1, 1), group),
+            Launch(around("prefill_scan"), (1, 1, 1), (1024, 1, 1), scan),
+            Launch(around("prefill_scatter"), (ceil_div(pairs, 256), 1, 1), (256, 1, 1), scatter),
             _product(
                 _grouped(experts.gate.format),
                 modules,
