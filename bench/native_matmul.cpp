@@ -26,6 +26,7 @@ namespace {
 
 struct Options {
   Isa isa = best_isa();
+  Precision precision = Precision::fast;
   int threads = 2, bits = 4, group = 64, tokens = 512;
   std::int64_t rows = 65536, cols = 4096;
 };
@@ -117,7 +118,7 @@ double fma_loop(Isa isa) {
 }
 
 [[noreturn]] void usage(const char* why) {
-  std::fprintf(stderr, "native_matmul: %s; options: --isa --threads --bits (0: bf16) --group --rows --cols --tokens\n", why);
+  std::fprintf(stderr, "native_matmul: %s; options: --isa --precision --threads --bits (0: bf16) --group --rows --cols --tokens\n", why);
   std::exit(2);
 }
 
@@ -132,6 +133,10 @@ Options parse(int argc, char** argv) {
                                       [&](Isa isa) { return argv[i + 1] == std::string_view(name(isa)); });
       if (found == std::end(all_isas) || !supported(*found)) usage("this processor does not have that ISA");
       o.isa = *found;
+    } else if (key == "--precision") {
+      const std::string_view wanted = argv[i + 1];
+      if (wanted != "exact" && wanted != "fast") usage("precision is exact or fast");
+      o.precision = wanted == "exact" ? Precision::exact : Precision::fast;
     } else if (key == "--threads") o.threads = std::max(value, 1);
     else if (key == "--bits") o.bits = value;
     else if (key == "--group") o.group = value;
@@ -153,6 +158,7 @@ int main(int argc, char** argv) {
   m.group_size = o.bits == 0 ? 0 : o.group;
   m.rows = o.rows;
   m.cols = o.cols;
+  m.precision = o.precision;
   const std::int64_t codes = m.rows * m.row_bytes(), scales = m.rows * m.groups() * 2, bytes = codes + 2 * scales;
   std::vector<std::byte> data(static_cast<std::size_t>(bytes));
   for (std::size_t i = 0; i < data.size(); ++i)  // sound bf16 numbers in any place: 0x3c.. to 0x3f..
@@ -162,6 +168,7 @@ int main(int argc, char** argv) {
   m.biases = m.scales + scales;
 
   Activations x(o.tokens, m.cols);
+  x.serve(m);
   std::vector<float> values(static_cast<std::size_t>(m.cols));
   for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i * 2654435761u % 1000) / 500 - 1;
   for (int i = 0; i < o.tokens; ++i) x.prepare(o.isa, i, values.data(), m.cols);

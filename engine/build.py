@@ -66,6 +66,7 @@ def build(config: EngineConfig, progress: Progress) -> BuiltEngine:
         profile=config.profile,
         isa=config.isa,
         dtype=cast(Any, config.dtype),  # checked by EngineConfig
+        precision=config.precision,
     )
     progress("preparing the device", 0, 1)
     executor = choice.backend.compile(model.program, cache, options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from mixbit.engine.errors import UserError
@@ -23,8 +25,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     largest batch, so also the prefill chunk. cache_bytes: bytes for KV and states, None for a share of
     the memory that is free after loading. block_size: tokens in a KV block. top_k_experts: overrides the
     model's experts per token. disk_cache: directory for prefixes that survive the process, None for none.
-    disk_cache_bytes: what it may hold. isa, dtype, profile: as in kernels' ExecutorOptions. log_format: "text" or
-    "json".
+    disk_cache_bytes: what it may hold. isa, dtype, precision, profile: as in kernels' ExecutorOptions. log_format:
+    "text" or "json".
     """
 
     model: str
@@ -41,6 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     top_k_experts: int | None = None
     isa: str | None = None
     dtype: str | None = None
+    precision: Literal["exact", "fast"] = "fast"
     profile: bool = False
     log_format: LogFormat = "text"
 

@@ -181,7 +181,7 @@ def fingerprint(config: EngineConfig, *layout: object) -> str:
             digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
         elif file.suffix in {".json", ".jinja", ".model"} and file.is_file():
             digest.update(repr((file.name, hashlib.blake2b(file.read_bytes()).hexdigest())).encode())
-    settings = (config.block_size, config.top_k_experts, config.dtype, config.isa)
+    settings = (config.block_size, config.top_k_experts, config.dtype, config.isa, config.precision)
     digest.update(repr((settings, layout)).encode())
     return digest.hexdigest()
 

@@ -13,6 +13,7 @@ from mixbit.kernels.ops import Program
 
 Int32Array = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]  # one-dimensional
+Precision = Literal["exact", "fast"]
 
 
 class BackendError(RuntimeError):
@@ -104,6 +105,8 @@ class ExecutorOptions:
     profile: time each kind of node (costs a little).
     isa: force a CPU instruction set ("portable", "avx2", "avx512", "neon"); None takes the best.
     dtype: of the activations; None lets the backend choose (float32 on CPUs, the checkpoint's on GPUs).
+    precision: "fast" lets a backend round the inputs of quantized matrices to int8, each group of columns by its
+        own scale (CPUs do, but for routers); "exact" keeps them as they are.
     """
 
     max_tokens: int
@@ -111,6 +114,7 @@ class ExecutorOptions:
     profile: bool = False
     isa: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    precision: Precision = "exact"
 
 
 class Backend(Protocol):

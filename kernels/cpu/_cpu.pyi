@@ -19,6 +19,10 @@ class DType(Enum):
     f16 = 1
     bf16 = 2
 
+class Precision(Enum):
+    exact = 0
+    fast = 1
+
 class Weight:
     def __init__(
         self,
@@ -42,6 +46,7 @@ def matmul_rows(
     index: _Ints | None,
     row_begin: int,
     row_end: int,
+    precision: Precision = ...,
 ) -> _Floats: ...
 
 class Program:
@@ -52,6 +57,8 @@ class Program:
         blocks: int,
         block_size: int,
         state_slots: int,
+        narrow_kv: bool,
+        precision: Precision,
         threads: int,
         isa: str,
         profile: bool,

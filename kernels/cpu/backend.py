@@ -66,6 +66,7 @@ class CpuBackend:
             block_size=cache.block_size,
             state_slots=cache.state_slots,
             narrow_kv=self._narrow_kv,
+            precision=_cpu.Precision[options.precision],
             threads=options.threads,
             isa=options.isa or _cpu.best_isa(),
             profile=options.profile,

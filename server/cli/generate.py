@@ -54,6 +54,12 @@ def add_parser(commands: Any) -> None:
     model.add_argument("--threads", metavar="N", type=int, default=0, help="CPU threads (default: one a core)")
     model.add_argument("--isa", metavar="NAME", help="force a CPU instruction set (default: the best)")
     model.add_argument("--dtype", metavar="NAME", help="activations of GPU backends (default: the checkpoint's)")
+    model.add_argument(
+        "--precision",
+        choices=["fast", "exact"],
+        default="fast",
+        help="fast: on CPUs, quantized matrices take their inputs rounded to 8 bits (default); exact: as float32",
+    )
 
     sampling = parser.add_argument_group("sampling (default: as the model's authors recommend)")
     sampling.add_argument("--temperature", metavar="T", type=float, help="0 takes the most likely token")
@@ -97,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
             top_k_experts=args.k,
             isa=args.isa,
             dtype=args.dtype,
+            precision=args.precision,
             profile=args.timing,
         )
         model = describe_model(directory, [args.model, directory.name])

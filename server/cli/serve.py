@@ -76,6 +76,12 @@ def add_parser(commands: Any) -> None:
     engine.add_argument("--k", metavar="K", type=int, help="active experts per token (default: the model's own)")
     engine.add_argument("--dtype", metavar="NAME", help="activations of GPU backends (default: the checkpoint's)")
     engine.add_argument("--isa", metavar="NAME", help="force a CPU instruction set (default: the best)")
+    engine.add_argument(
+        "--precision",
+        choices=["fast", "exact"],
+        default="fast",
+        help="fast: on CPUs, quantized matrices take their inputs rounded to 8 bits (default); exact: as float32",
+    )
 
     network = parser.add_argument_group("network and access")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
@@ -186,6 +192,7 @@ def run(args: argparse.Namespace) -> int:
             top_k_experts=args.k,
             isa=args.isa,
             dtype=args.dtype,
+            precision=args.precision,
             log_format=args.log_format,
         ).check()
         return serving.run(

@@ -1,4 +1,5 @@
-// matmul_rows of one instruction set against a plain double-precision product, on random shapes.
+// matmul_rows of one instruction set against a plain double-precision product, on random shapes. Where activations
+// are taken as int8, the product is of the activations as they should be rounded.
 //
 //   matmul_test [ISA [CASES [SEED]]]     without ISA: all that this processor can run
 //
@@ -7,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -86,11 +88,25 @@ Case random_case(int serial) {
   m.bits = widths[serial % 8];
   m.dtype = static_cast<DType>(serial / 8 % 3);
   m.group_size = m.bits == 0 ? 0 : 32 << serial / 24 % 3;
+  m.precision = static_cast<Precision>(serial / 72 % 2);
   m.rows = 1 + below(37);
   m.cols = m.bits == 0 ? 1 + below(700) : m.group_size * (1 + below(below(4) == 0 ? 90 : 9));
   c.count = counts[below(9)];
   c.gathered = below(2) == 0;
   return c;
+}
+
+// Groups of x as the nearest multiples of a 127th of their peak.
+std::vector<double> rounded(const std::vector<float>& x, int group_size) {
+  std::vector<double> out;
+  for (std::size_t first = 0; first < x.size(); first += static_cast<std::size_t>(group_size)) {
+    float peak = 0;
+    for (int i = 0; i < group_size; ++i) peak = std::max(peak, std::fabs(x[first + static_cast<std::size_t>(i)]));
+    const float inverse = peak > 0 ? 127 / peak : 0;
+    for (int i = 0; i < group_size; ++i)
+      out.push_back(static_cast<double>(peak / 127) * std::nearbyint(x[first + static_cast<std::size_t>(i)] * inverse));
+  }
+  return out;
 }
 
 bool run(Isa isa, const Case& c) {
@@ -125,11 +141,15 @@ bool run(Isa isa, const Case& c) {
 
   const int x_rows = c.count + 3;
   Activations x(x_rows, m.cols + 64 * below(2));
+  x.serve(m);
   std::vector<std::vector<float>> values(static_cast<std::size_t>(x_rows), std::vector<float>(static_cast<std::size_t>(m.cols)));
   for (int i = 0; i < x_rows; ++i) {
     for (float& v : values[static_cast<std::size_t>(i)]) v = static_cast<float>(normal());
+    if (m.cols >= 32 && below(4) == 0) std::fill_n(values[static_cast<std::size_t>(i)].begin(), 32, 0.0f);
     x.prepare(isa, i, values[static_cast<std::size_t>(i)].data(), m.cols);
   }
+  std::vector<std::vector<double>> taken;
+  for (const auto& v : values) taken.push_back(m.takes_int8() ? rounded(v, m.group_size) : std::vector<double>(v.begin(), v.end()));
   std::vector<std::int32_t> index;
   for (int i = 0; i < c.count; ++i) index.push_back(c.gathered ? below(x_rows) : i);
 
@@ -153,7 +173,7 @@ bool run(Isa isa, const Case& c) {
         good &= got == untouched;
         continue;
       }
-      const auto& v = values[static_cast<std::size_t>(index[static_cast<std::size_t>(i)])];
+      const auto& v = taken[static_cast<std::size_t>(index[static_cast<std::size_t>(i)])];
       double want = 0, size = 0;
       for (std::int64_t k = 0; k < m.cols; ++k) {
         const double product = w[static_cast<std::size_t>(r * m.cols + k)] * v[static_cast<std::size_t>(k)];
@@ -163,8 +183,8 @@ bool run(Isa isa, const Case& c) {
     }
   }
   if (!good)
-    std::printf("%s: wrong: %d bits, group %d, dtype %d, %lld x %lld, %d tokens%s, rows [%lld, %lld)\n", name(isa),
-                m.bits, m.group_size, static_cast<int>(m.dtype), static_cast<long long>(m.rows),
+    std::printf("%s: wrong: %s, %d bits, group %d, dtype %d, %lld x %lld, %d tokens%s, rows [%lld, %lld)\n", name(isa),
+                m.precision == Precision::fast ? "fast" : "exact", m.bits, m.group_size, static_cast<int>(m.dtype), static_cast<long long>(m.rows),
                 static_cast<long long>(m.cols), c.count, c.gathered ? " gathered" : "", static_cast<long long>(begin),
                 static_cast<long long>(end));
   return good;

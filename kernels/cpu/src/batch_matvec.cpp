@@ -20,6 +20,7 @@ class BatchMatvec final : public Op {
       if (!parts_[i].bias.empty()) {
         require_equal("batch_matvec: bias", static_cast<std::int64_t>(parts_[i].bias.size()), outs_[i].dim);
       }
+      ready_.serve(parts_[i].matrix);
       total_rows_ += outs_[i].dim;
     }
   }

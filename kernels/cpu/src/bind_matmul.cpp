@@ -22,9 +22,10 @@ using Index = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::dev
 // [count, rows]: NaN outside rows [row_begin, row_end).
 nb::ndarray<nb::numpy, float, nb::ndim<2>> matmul(const Weight& weight, const Inputs& x, const std::string& isa_name,
                                                   std::int64_t expert, const std::optional<Index>& index,
-                                                  std::int64_t row_begin, std::int64_t row_end) {
+                                                  std::int64_t row_begin, std::int64_t row_end, Precision precision) {
   const Isa isa = isa_named(isa_name);
-  const Matrix& stack = weight.matrix();
+  Matrix stack = weight.matrix();
+  stack.precision = precision;
   const auto tokens = static_cast<std::int64_t>(x.shape(0)), cols = static_cast<std::int64_t>(x.shape(1));
   if (cols != stack.cols) throw std::invalid_argument("x does not have the columns of the matrix");
   if (expert < 0 || expert >= stack.experts) throw std::invalid_argument("no such expert");
@@ -34,6 +35,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> matmul(const Weight& weight, const In
     if (index->data()[i] < 0 || index->data()[i] >= tokens) throw std::invalid_argument("index outside of x");
 
   Activations ready(tokens, cols);
+  ready.serve(stack);
   for (std::int64_t i = 0; i < tokens; ++i) ready.prepare(isa, i, x.data() + i * cols, cols);
   const auto size = static_cast<std::size_t>(count * stack.rows);
   float* y = new float[size];
@@ -47,7 +49,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> matmul(const Weight& weight, const In
 
 void bind_matmul(nb::module_& m) {
   m.def("matmul_rows", &matmul, nb::arg("weight"), nb::arg("x"), nb::kw_only(), nb::arg("isa"), nb::arg("expert"),
-        nb::arg("index").none(), nb::arg("row_begin"), nb::arg("row_end"));
+        nb::arg("index").none(), nb::arg("row_begin"), nb::arg("row_end"), nb::arg("precision") = Precision::exact);
 }
 
 }  // namespace mixbit

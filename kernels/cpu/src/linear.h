@@ -15,6 +15,13 @@ inline void prepare_rows(Machine& machine, Activations& ready, const float* x, s
   });
 }
 
+// Makes room for what a feed-forward reads.
+inline void serve_inputs(const MlpWeights& w, Activations& x, Activations& hidden) {
+  x.serve(w.gate);
+  x.serve(w.up);
+  hidden.serve(w.down);
+}
+
 // hidden[i * stride + r] = silu(gate x) * up x for rows [begin, end) of gate and up.
 // scratch: count * (end - begin) floats.
 inline void swiglu_rows(const Machine& machine, const MlpWeights& w, const Activations& x, const std::int32_t* index,

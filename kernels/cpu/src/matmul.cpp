@@ -1,14 +1,12 @@
 #include "matmul.h"
 
 #include <algorithm>
-#include <new>
 
+#include "int8.h"
 #include "kernels.h"
 
 namespace mixbit {
 namespace {
-
-constexpr std::align_val_t cache_line{64};
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
@@ -21,6 +19,18 @@ const Kernels& kernels(Isa isa) {
     case Isa::neon: return neon_kernels;
 #endif
     default: return portable_kernels;
+  }
+}
+
+const Int8Kernels& int8_kernels(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx2: return avx2_int8;
+    case Isa::avx512: return avx512_int8;
+#elif defined(__aarch64__)
+    case Isa::neon: return neon_int8;
+#endif
+    default: return portable_int8;
   }
 }
 
@@ -40,41 +50,57 @@ MatmulArgs weight_args(const Matrix& w) {
 
 }  // namespace
 
-void Activations::Free::operator()(float* p) const { ::operator delete[](p, cache_line); }
-
-Activations::Buffer Activations::allocate(std::int64_t size) {
-  const auto bytes = static_cast<std::size_t>(size) * sizeof(float);
-  Buffer buffer(static_cast<float*>(::operator new[](bytes, cache_line)));
-  std::fill_n(buffer.get(), size, 0.0f);
-  return buffer;
-}
-
 // Strides are odd multiples of a cache line or so: rows that lie a power of two apart would all fall
 // into the same few sets of a cache.
-Activations::Activations(std::int64_t max_rows, std::int64_t max_dim)
-    : value_stride_(round_up(max_dim, 32) + 16),
-      sum_part_(round_up(max_dim, 512) / 32),
-      sum_stride_(round_up(2 * sum_part_ + 32, 16)),
-      values_(allocate(max_rows * value_stride_)),
-      sums_(allocate(max_rows * sum_stride_)) {}
-
-// Parts of size n/32, n/64 and n/128, each rounded up to 16.
-std::int64_t Activations::sum_offset(int group_size) const {
-  if (group_size <= 32) return 0;
-  const std::int64_t second = sum_part_ + round_up(sum_part_ / 2, 16);
-  return group_size == 64 ? sum_part_ : second;
+void Activations::serve(const Matrix& w) {
+  if (!w.takes_int8()) {
+    if (exact_) return;
+    const std::int64_t part = round_up(max_dim_, 512) / 32;  // room for the sums of groups of 32
+    exact_ = {round_up(max_dim_, 32) + 16, round_up(2 * part + 32, 16), {}, {}};
+    exact_->values = Buffer<float>(max_rows_ * exact_->stride);
+    exact_->sums = Buffer<float>(max_rows_ * exact_->sum_stride);
+    return;
+  }
+  if (int8_for(w) != nullptr) return;
+  const std::int64_t codes = round_up(max_dim_, 128), groups = round_up(codes / w.group_size, 16);
+  const std::int64_t bytes = codes + 8 * groups;
+  int8_.push_back({w.group_size, interleaved(w.bits), codes, codes + 4 * groups, bytes / 128 * 128 + 192, {}});
+  int8_.back().rows = Buffer<std::byte>(max_rows_ * int8_.back().stride);
 }
 
-void Activations::prepare(Isa, std::int64_t row, const float* x, std::int64_t dim) {
-  float* values = values_.get() + row * value_stride_;
+const Activations::Int8* Activations::int8_for(const Matrix& w) const {
+  const auto found = std::find_if(int8_.begin(), int8_.end(), [&](const Int8& form) {
+    return form.group_size == w.group_size && form.interleaved == interleaved(w.bits);
+  });
+  return found == int8_.end() ? nullptr : &*found;
+}
+
+void Activations::prepare(Isa isa, std::int64_t row, const float* x, std::int64_t dim) {
+  if (exact_) prepare_exact(row, x, dim);
+  for (const Int8& form : int8_) {
+    std::byte* to = form.rows.data() + row * form.stride;
+    int8_kernels(isa).quantize({x, dim, form.group_size, form.interleaved, to, reinterpret_cast<float*>(to + form.factors),
+                                reinterpret_cast<float*>(to + form.sums)});
+  }
+}
+
+// Parts of size n/32, n/64 and n/128, each rounded up to 16.
+std::int64_t Activations::Exact::sum_offset(int group_size) const {
+  const std::int64_t part = sum_stride / 2 - 16;
+  if (group_size <= 32) return 0;
+  return group_size == 64 ? part : part + round_up(part / 2, 16);
+}
+
+void Activations::prepare_exact(std::int64_t row, const float* x, std::int64_t dim) {
+  float* values = exact_->values.data() + row * exact_->stride;
   const std::int64_t padded = round_up(dim, 32);
   std::copy_n(x, dim, values);
   std::fill(values + dim, values + padded, 0.0f);
 
-  float* sums = sums_.get() + row * sum_stride_;
-  std::fill_n(sums, sum_stride_, 0.0f);
-  float* of64 = sums + sum_offset(64);
-  float* of128 = sums + sum_offset(128);
+  float* sums = exact_->sums.data() + row * exact_->sum_stride;
+  std::fill_n(sums, exact_->sum_stride, 0.0f);
+  float* of64 = sums + exact_->sum_offset(64);
+  float* of128 = sums + exact_->sum_offset(128);
   for (std::int64_t g = 0; g < padded / 32; ++g) {
     const float* v = values + g * 32;
     float lanes[8] = {};
@@ -91,11 +117,19 @@ void matmul_rows(Isa isa, const Matrix& w, const Activations& x, const std::int3
                  std::int64_t count, std::int64_t row_begin, std::int64_t row_end, float* y,
                  std::int64_t y_stride) {
   if (count <= 0 || row_begin >= row_end) return;
+  if (w.takes_int8()) {
+    const Activations::Int8& form = *x.int8_for(w);
+    int8_kernels(isa).matmul({w.weight, w.scales, w.biases, w.dtype, w.bits, w.group_size, w.groups(), w.row_bytes(),
+                              form.rows.data(), form.stride, form.factors, form.sums, index, count, row_begin, row_end,
+                              y, y_stride});
+    return;
+  }
   MatmulArgs args = weight_args(w);
-  args.x = x.values(0);
-  args.x_stride = x.value_stride();
-  args.sums = x.sums(0, w.group_size);
-  args.sum_stride = x.sum_stride();
+  const Activations::Exact& form = *x.exact_;
+  args.x = form.values.data();
+  args.x_stride = form.stride;
+  args.sums = form.sums.data() + form.sum_offset(w.group_size);
+  args.sum_stride = form.sum_stride;
   args.index = index;
   args.count = count;
   args.row_begin = row_begin;

@@ -2,52 +2,59 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
+#include <optional>
+#include <vector>
 
+#include "buffer.h"
 #include "isa.h"
 #include "tensor.h"
 
 namespace mixbit {
 
-// Rows of activations made ready for the kernels: the values, and what can be shared by every row of
-// every matrix they meet (for the bias term, the sum over each group of 32, 64 and 128 columns).
-// The owner allocates once for the largest batch and prepares row by row, from any thread.
+// Rows of activations made ready for the kernels, in each form that the matrices they meet ask for: float32 with the
+// sum over each group of 32, 64 and 128 columns (for the bias term), or int8 for one group size and order of codes.
+// `serve` is called for each such matrix first, then rows are prepared, from any thread.
 class Activations {
  public:
-  Activations(std::int64_t max_rows, std::int64_t max_dim);
+  Activations(std::int64_t max_rows, std::int64_t max_dim) : max_rows_(max_rows), max_dim_(max_dim) {}
 
-  // Copies x[0 : dim] in as row `row`. Rows may be prepared concurrently. All rows share one dim.
+  // Makes room for what the kernels of `w` read.
+  void serve(const Matrix& w);
+
+  // Takes x[0 : dim] in as row `row`. Rows may be prepared concurrently. All rows share one dim.
   void prepare(Isa isa, std::int64_t row, const float* x, std::int64_t dim);
 
-  // Zero from dim up to the next multiple of 32.
-  const float* values(std::int64_t row) const { return values_.get() + row * value_stride_; }
-  std::int64_t value_stride() const { return value_stride_; }
-
-  // Sums over each group of `group_size` columns, zero up to the next multiple of 16.
-  const float* sums(std::int64_t row, int group_size) const {
-    return sums_.get() + row * sum_stride_ + sum_offset(group_size);
-  }
-  std::int64_t sum_stride() const { return sum_stride_; }
-
  private:
-  struct Free {
-    void operator()(float* p) const;
+  friend void matmul_rows(Isa, const Matrix&, const Activations&, const std::int32_t*, std::int64_t, std::int64_t,
+                          std::int64_t, float*, std::int64_t);
+
+  // Rows of `stride` values, zero from dim up to the next multiple of 32; rows of sums, a part for each group size,
+  // zero up to the next multiple of 16.
+  struct Exact {
+    std::int64_t stride, sum_stride;
+    Buffer<float> values, sums;
+    std::int64_t sum_offset(int group_size) const;
   };
-  using Buffer = std::unique_ptr<float[], Free>;
+  // Rows as int8.h lays them out, of `stride` bytes.
+  struct Int8 {
+    int group_size;
+    bool interleaved;
+    std::int64_t factors, sums, stride;
+    Buffer<std::byte> rows;
+  };
 
-  static Buffer allocate(std::int64_t size);
-  std::int64_t sum_offset(int group_size) const;
+  void prepare_exact(std::int64_t row, const float* x, std::int64_t dim);
+  const Int8* int8_for(const Matrix& w) const;
 
-  std::int64_t value_stride_;
-  std::int64_t sum_part_;  // room for the sums of groups of 32
-  std::int64_t sum_stride_;
-  Buffer values_;
-  Buffer sums_;
+  std::int64_t max_rows_, max_dim_;
+  std::optional<Exact> exact_;
+  std::vector<Int8> int8_;
 };
 
 // y[i * y_stride + r] = dot(w row r, x row i') for r in [row_begin, row_end), i in [0, count), where
-// i' = index ? index[i] : i. Accumulates in float32. `w` is a single matrix (take Matrix::expert first),
-// x was prepared with w.cols values. Called from many threads at once, on disjoint rows; the tile size
+// i' = index ? index[i] : i. Accumulates in float32. `w` is a single matrix (take Matrix::expert first), which x
+// serves; x was prepared with w.cols values. Where w.takes_int8(), x is as quantized and a row of y is the same
+// whatever the other rows are. Called from many threads at once, on disjoint rows; the tile size
 // is the caller's (see preferred_tile).
 void matmul_rows(Isa isa, const Matrix& w, const Activations& x, const std::int32_t* index,
                  std::int64_t count, std::int64_t row_begin, std::int64_t row_end, float* y,

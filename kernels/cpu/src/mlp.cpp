@@ -18,6 +18,7 @@ class Mlp final : public Op {
     require_shape("mlp gate", weights.gate, width_, x.dim);
     require_shape("mlp up", weights.up, width_, x.dim);
     require_shape("mlp down", weights.down, out.dim, width_);
+    serve_inputs(weights, ready_, hidden_);
     const std::int64_t rows = context.limits.max_tokens;
     context.workspace.reserve(rows * width_, tile_scratch(rows));
   }

@@ -37,9 +37,16 @@ Columns columns(const Program& p, const ColumnsArg& arg) {
   return {p.value(value), offset, stride};
 }
 
-MlpWeights mlp_weights(const MlpArg& arg) {
+// As the program applies it.
+Matrix matrix(const Program& p, const Weight& weight) {
+  Matrix m = weight.matrix();
+  m.precision = p.context().limits.precision;
+  return m;
+}
+
+MlpWeights mlp_weights(const Program& p, const MlpArg& arg) {
   const auto& [gate, up, down] = arg;
-  return {gate->matrix(), up->matrix(), down->matrix()};
+  return {matrix(p, *gate), matrix(p, *up), matrix(p, *down)};
 }
 
 void embed(Program& p, const Weight& table, int out) {
@@ -60,7 +67,7 @@ void batch_matvec(Program& p, int x, const std::vector<std::tuple<const Weight*,
                   const std::vector<int>& outs) {
   std::vector<Linear> parts;
   for (const auto& [weight, bias] : specs) {
-    parts.push_back({weight->matrix(), bias ? vector(*bias) : std::vector<float>()});
+    parts.push_back({matrix(p, *weight), bias ? vector(*bias) : std::vector<float>()});
   }
   std::vector<Value> values;
   for (int out : outs) values.push_back(p.value(out));
@@ -68,14 +75,14 @@ void batch_matvec(Program& p, int x, const std::vector<std::tuple<const Weight*,
 }
 
 void mlp(Program& p, int x, const MlpArg& weights, int out) {
-  p.add("mlp", make_mlp(p.context(), p.value(x), mlp_weights(weights), p.value(out)), {x}, {out});
+  p.add("mlp", make_mlp(p.context(), p.value(x), mlp_weights(p, weights), p.value(out)), {x}, {out});
 }
 
 void moe(Program& p, int x, const Weight& router, const MlpArg& experts, std::int64_t top_k, bool normalize,
          const std::optional<MlpArg>& shared, const Weight* shared_gate, int out) {
-  MoeWeights weights{router.matrix(), mlp_weights(experts), top_k, normalize, std::nullopt, std::nullopt};
-  if (shared) weights.shared = mlp_weights(*shared);
-  if (shared_gate) weights.shared_gate = shared_gate->matrix();
+  MoeWeights weights{matrix(p, router), mlp_weights(p, experts), top_k, normalize, std::nullopt, std::nullopt};
+  if (shared) weights.shared = mlp_weights(p, *shared);
+  if (shared_gate) weights.shared_gate = matrix(p, *shared_gate);
   p.add("moe", make_moe(p.context(), p.value(x), weights, p.value(out)), {x}, {out});
 }
 
@@ -169,6 +176,8 @@ NB_MODULE(_cpu, m) {
 
   nb::enum_<DType>(m, "DType").value("f32", DType::f32).value("f16", DType::f16).value("bf16", DType::bf16);
 
+  nb::enum_<Precision>(m, "Precision").value("exact", Precision::exact).value("fast", Precision::fast);
+
   nb::class_<Weight>(m, "Weight")
       .def(nb::init<nb::handle, nb::object, nb::object, DType, int, int, std::int64_t, std::int64_t, std::int64_t>(),
            nb::arg("weight"), nb::arg("scales").none(), nb::arg("biases").none(), nb::arg("dtype"), nb::arg("bits"),
@@ -180,12 +189,13 @@ NB_MODULE(_cpu, m) {
       .def(
           "__init__",
           [](Program* self, std::int64_t max_tokens, std::int64_t blocks, std::int64_t block_size,
-             std::int64_t state_slots, bool narrow_kv, int threads, const std::string& isa, bool profile) {
-            const Limits limits{max_tokens, blocks, block_size, state_slots, narrow_kv};
+             std::int64_t state_slots, bool narrow_kv, Precision precision, int threads, const std::string& isa,
+             bool profile) {
+            const Limits limits{max_tokens, blocks, block_size, state_slots, narrow_kv, precision};
             new (self) Program(limits, threads, isa_named(isa), profile);
           },
           nb::kw_only(), nb::arg("max_tokens"), nb::arg("blocks"), nb::arg("block_size"), nb::arg("state_slots"),
-          nb::arg("narrow_kv"), nb::arg("threads"), nb::arg("isa"), nb::arg("profile"))
+          nb::arg("narrow_kv"), nb::arg("precision"), nb::arg("threads"), nb::arg("isa"), nb::arg("profile"))
       .def("value",
            [](Program& p, std::int64_t dim, bool selected) {
              p.add_value(dim, selected ? Rows::selected : Rows::tokens);

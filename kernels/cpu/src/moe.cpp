@@ -37,12 +37,18 @@ class Moe final : public Op {
       throw std::invalid_argument("moe: top_k " + std::to_string(weights.top_k) + " of " + std::to_string(experts_) +
                                   " experts");
     }
+    serve_inputs(weights.experts, ready_, hidden_);
+    ready_.serve(weights.router);
     const std::int64_t rows = context.limits.max_tokens;
     if (weights.shared) {
       check("moe shared expert", *weights.shared, 1, x.dim, out.dim);
       shared_hidden_ = &context.workspace.activations(rows, shared_width_);
+      serve_inputs(*weights.shared, ready_, *shared_hidden_);
     }
-    if (weights.shared_gate) require_shape("moe shared gate", *weights.shared_gate, 1, x.dim);
+    if (weights.shared_gate) {
+      require_shape("moe shared gate", *weights.shared_gate, 1, x.dim);
+      ready_.serve(*weights.shared_gate);
+    }
     context.workspace.reserve(buffer_size(rows), tile_scratch(rows));
     chosen_.resize(static_cast<std::size_t>(rows * weights.top_k));
     chosen_weights_.resize(chosen_.size());
@@ -176,8 +182,13 @@ class Moe final : public Op {
 
 }  // namespace
 
+// The routing is always exact: rounding the input to int8 moves scores by more than lies between the last expert that
+// is chosen and the first that is not.
 std::unique_ptr<Op> make_moe(Context& context, Value x, const MoeWeights& weights, Value out) {
-  return std::make_unique<Moe>(context, x, weights, out);
+  MoeWeights routed = weights;
+  routed.router.precision = Precision::exact;
+  if (routed.shared_gate) routed.shared_gate->precision = Precision::exact;
+  return std::make_unique<Moe>(context, x, routed, out);
 }
 
 }  // namespace mixbit

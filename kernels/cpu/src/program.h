@@ -26,6 +26,7 @@ class Program {
       : context_(limits, threads, isa), profile_(profile) {}
 
   Context& context() { return context_; }
+  const Context& context() const { return context_; }
 
   // Values and ropes are named by the order in which they are added.
   void add_value(std::int64_t dim, Rows rows);

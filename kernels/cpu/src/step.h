@@ -6,6 +6,7 @@
 
 #include "isa.h"
 #include "pool.h"
+#include "tensor.h"
 #include "vector_ops.h"
 
 namespace mixbit {
@@ -14,6 +15,7 @@ namespace mixbit {
 struct Limits {
   std::int64_t max_tokens, blocks, block_size, state_slots;
   bool narrow_kv;  // keys and values in bfloat16, else float32
+  Precision precision;  // of quantized matrices
 };
 
 struct Machine {

@@ -17,6 +17,9 @@ AVX2 = ("-target", "x86_64-linux-musl", "-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "vbmi")))
 NEON = ("-target", "aarch64-linux-musl", "-mcpu=generic+dotprod")
 UNITS = {
+    "int8_avx2": AVX2,
+    "int8_avx512": AVX512,
+    "int8_neon": NEON,
     "isa_avx2": AVX2,
     "isa_avx512": AVX512,
     "isa_neon": NEON,
@@ -51,7 +54,7 @@ def test_weak_symbols_are_found_where_there_are_some(tmp_path: Path) -> None:
 def test_neon_under_emulation(tmp_path: Path) -> None:
     program = tmp_path / "matmul_test"
     plain = [ROOT / "tests" / "native" / "matmul_test.cpp", *(SOURCES / f"{name}.cpp" for name in ("matmul", "isa"))]
-    units = [SOURCES / f"isa_{name}.cpp" for name in ("portable", "neon")]
+    units = [SOURCES / f"{unit}_{name}.cpp" for unit in ("isa", "int8") for name in ("portable", "neon")]
     flags = [*NEON, "-static", "-O2", "-Wall", "-Wextra", "-Werror"]
     subprocess.run([*ZIG, *flags, *map(str, plain + units), "-o", str(program)], check=True)
     for isa in ("portable", "neon"):

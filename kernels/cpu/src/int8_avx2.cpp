@@ -1,0 +1,178 @@
+// Two lanes: AVX2, FMA, F16C.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "int8.h"
+
+namespace mixbit {
+namespace {
+
+// How to bring sixteen fields of `width` bits to the bytes of a lane: even and odd fields apart, each by way of the
+// two bytes that hold it and a product that moves it to the top of them.
+struct Fields {
+  alignas(32) std::uint8_t bytes[2][32];
+  alignas(32) std::uint16_t factors[2][16];
+};
+
+// low, high: first bit of field 0 in each lane.
+constexpr Fields fields(int width, int low, int high) {
+  Fields f{};
+  for (int odd = 0; odd < 2; ++odd)
+    for (int i = 0; i < 16; ++i) {
+      const int bit = (i < 8 ? low : high) + width * (2 * (i % 8) + odd), byte = bit / 8;
+      f.bytes[odd][2 * i] = static_cast<std::uint8_t>(byte);
+      f.bytes[odd][2 * i + 1] = static_cast<std::uint8_t>(byte < 15 ? byte + 1 : byte);
+      f.factors[odd][i] = static_cast<std::uint16_t>(1 << (16 - width - bit % 8));
+    }
+  return f;
+}
+template <int width, int low, int high>
+constexpr Fields fields_at = fields(width, low, high);
+
+struct V {
+  static constexpr int lanes = 2, tokens = 4;  // 4 sums of groups, 4 of lanes, 4 in all, of 16 registers
+  static constexpr int ahead = 4;              // rows that are fetched before their use
+  static constexpr bool splits_wide = true;    // products of 8 bits do not fit in the 16 bits of a pair's sum
+  template <int>
+  static constexpr float offset = 0;
+  using Bytes = __m256i;
+  using Int = __m256i;
+  using Float = __m256;
+
+  static Int zero() { return _mm256_setzero_si256(); }
+  static Float set(float x) { return _mm256_set1_ps(x); }
+  static Float load(const float* p) { return _mm256_loadu_ps(p); }
+  static Bytes load_bytes(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
+  static Float from_f16(const std::byte* p) { return _mm256_cvtph_ps(load_16(p)); }
+  static Float from_bf16(const std::byte* p) {
+    return floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16(p)), 16));
+  }
+  static Bytes repeat(const std::byte* p) {
+    int value;
+    std::memcpy(&value, p, 4);
+    return _mm256_set1_epi32(value);
+  }
+  static Float floats(Int a) { return _mm256_castsi256_ps(a); }
+  static Int bits(Float a) { return _mm256_castps_si256(a); }
+  static Int ints(Bytes a) { return a; }
+  static Float convert(Int a) { return _mm256_cvtepi32_ps(a); }
+  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+
+  template <int bits>
+  static void codes(const std::byte* p, int n, Bytes& a, Bytes& b) {
+    alignas(32) std::byte one[8 * bits] = {};
+    if (n < 2) {
+      std::memcpy(one, p, 4 * bits);
+      p = one;
+    }
+    if constexpr (bits == 2) {
+      const __m256i twice = _mm256_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11,
+                                             12, 12, 13, 13, 14, 14, 15, 15);
+      const __m256i v = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_16(p)), twice);
+      a = crumbs(v);
+      b = crumbs(_mm256_srli_epi16(v, 2));
+    } else if constexpr (bits == 3) {
+      const __m256i pairs = sixteen<6, 0, 32>(p, p + 8);
+      a = _mm256_and_si256(pairs, _mm256_set1_epi8(7));
+      b = _mm256_and_si256(_mm256_srli_epi16(pairs, 3), _mm256_set1_epi8(7));
+    } else if constexpr (bits == 4) {
+      split(load_bytes(p), a, b);
+    } else if constexpr (bits == 5) {
+      a = sixteen<5, 0, 0>(p, p + 20);
+      b = sixteen<5, 0, 48>(p + 10, p + 24);
+    } else if constexpr (bits == 6) {
+      a = sixteen<6, 0, 0>(p, p + 24);
+      b = sixteen<6, 0, 32>(p + 12, p + 32);
+    } else {
+      const __m256i low = load_bytes(p), high = load_bytes(p + 32);
+      a = _mm256_permute2x128_si256(low, high, 0x20);
+      b = _mm256_permute2x128_si256(low, high, 0x31);
+    }
+  }
+
+  // Four products of 6 bits and 7 fit in 16 bits; wider codes go as halves of 4.
+  template <int bits>
+  static Int dot(Int sum, Bytes a, Bytes b, Bytes x, Bytes y) {
+    if constexpr (bits < 8) return _mm256_add_epi32(sum, total(products(a, b, x, y), 1));
+    Bytes low_a, high_a, low_b, high_b;
+    split(a, low_a, high_a);
+    split(b, low_b, high_b);
+    const Int low = total(products(low_a, low_b, x, y), 1), high = total(products(high_a, high_b, x, y), 16);
+    return _mm256_add_epi32(sum, _mm256_add_epi32(low, high));
+  }
+  static Int add4(Int a, Int b, Int c, Int d) {
+    return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+  }
+  static Int add_lanes(Int a, Int b) {
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+  }
+
+  static void transpose4(Int (&m)[4]) { transpose4(m[0], m[1], m[2], m[3]); }
+  static void transpose(Int (&m)[8]) {
+    transpose4(m[0], m[1], m[2], m[3]);
+    transpose4(m[4], m[5], m[6], m[7]);
+    for (int i = 0; i < 4; ++i) {
+      const Int low = m[i], high = m[4 + i];
+      m[i] = _mm256_permute2x128_si256(low, high, 0x20);
+      m[4 + i] = _mm256_permute2x128_si256(low, high, 0x31);
+    }
+  }
+  static Float strided(Float a) { return _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)); }
+  static Float spread(const float* p) { return _mm256_setr_m128(_mm_set1_ps(p[0]), _mm_set1_ps(p[1])); }
+  static void fold(Float a, float* out) {
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)));
+  }
+
+ private:
+  static __m128i load_16(const std::byte* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static __m256i load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
+
+  static void split(Bytes v, Bytes& low, Bytes& high) {
+    low = _mm256_and_si256(v, _mm256_set1_epi8(15));
+    high = _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
+  }
+  static __m256i products(Bytes a, Bytes b, Bytes x, Bytes y) {
+    return _mm256_add_epi16(_mm256_maddubs_epi16(a, x), _mm256_maddubs_epi16(b, y));
+  }
+  static Int total(__m256i pairs, short factor) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(factor)); }
+
+  // Of bytes that come twice: bits 0 and 1 of the first, 4 and 5 of the second.
+  static __m256i crumbs(__m256i v) {
+    return _mm256_or_si256(_mm256_and_si256(v, _mm256_set1_epi16(0x0003)),
+                           _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi16(0x0300)));
+  }
+
+  // Sixteen fields of each lane, from bit `low` of 16 bytes at p and bit `high` of 16 at q.
+  template <int width, int low, int high>
+  static __m256i sixteen(const std::byte* p, const std::byte* q) {
+    const Fields& f = fields_at<width, low, high>;
+    const __m256i v = _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(p)), load_16(q), 1);
+    const __m256i even = _mm256_mullo_epi16(_mm256_shuffle_epi8(v, load(f.bytes[0])), load(f.factors[0]));
+    const __m256i odd = _mm256_mullo_epi16(_mm256_shuffle_epi8(v, load(f.bytes[1])), load(f.factors[1]));
+    const __m256i mask = _mm256_set1_epi16(((1 << width) - 1) << 8);
+    return _mm256_or_si256(_mm256_srli_epi16(even, 16 - width),
+                           _mm256_and_si256(_mm256_srli_epi16(odd, 8 - width), mask));
+  }
+
+  static void transpose4(Int& a, Int& b, Int& c, Int& d) {
+    const Int ab = _mm256_unpacklo_epi32(a, b), cd = _mm256_unpacklo_epi32(c, d);
+    const Int high_ab = _mm256_unpackhi_epi32(a, b), high_cd = _mm256_unpackhi_epi32(c, d);
+    a = _mm256_unpacklo_epi64(ab, cd);
+    b = _mm256_unpackhi_epi64(ab, cd);
+    c = _mm256_unpacklo_epi64(high_ab, high_cd);
+    d = _mm256_unpackhi_epi64(high_ab, high_cd);
+  }
+};
+
+}  // namespace
+}  // namespace mixbit
+
+#include "int8_impl.h"
+
+const mixbit::Int8Kernels mixbit::avx2_int8 = {matmul, quantize};
+#endif

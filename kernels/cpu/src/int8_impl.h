@@ -1,0 +1,424 @@
+// The int8 kernels, written once over the vector type `V` that the including int8_*.cpp defines before:
+//
+//   lanes                     parts of 128 bits in a register, L
+//   tokens                    tokens that the micro-kernel takes at a time
+//   Bytes, Int, Float         registers: of 16 L codes, of 4 L int32, of 4 L float32
+//   codes<bits>(p, n, a, b)   32 columns a lane, the first n lanes' at p (the rest: anything): even columns in a and
+//                             odd ones in b where interleaved(bits), else the first and the last 16
+//   dot<bits>(s, a, b, x, y)  s + a * x + b * y, in each int32 the sum over its four codes
+//   offset<bits>              what codes<bits> subtracts, for instruction sets that want signed codes
+//   add4(a, b, c, d)          in each lane: the four sums of the lane's four values
+//   add_lanes(a, b)           lanes of a, then of b, neighbours added
+//   transpose4(m)             in each lane, 4 x 4; transpose(m): all 4 L x 4 L
+//   strided(a)                value 4 q + j becomes value j L + q
+//   spread(p), fold(a, out)   value q to all of lane q; ((lane 0 + lane 1) + ...), four values
+//   load set zero floats bits convert mul fma from_f32 from_f16 from_bf16 ...
+//
+// Whatever the number of tokens, a product is the same sum in the same order: within a chunk of columns, group g
+// goes to partial sum g % L; partial sums are added in order; then chunks are. So a token's result does not depend
+// on its company.
+#include <cstring>
+
+#include "int8.h"
+
+namespace mixbit {
+namespace {
+
+using Int = V::Int;
+using Float = V::Float;
+using Index = std::int64_t;
+using Pointer = const std::byte*;
+
+constexpr int L = V::lanes;
+constexpr int tile_rows = 4 * L;   // rows whose codes the micro-kernel reads together; also groups of a block of scales
+constexpr int piece = 32;          // columns: the smallest group, and the part of a row in a lane
+constexpr int piece_codes = 8 * tile_rows * 4;  // bytes of a piece of every row of the tile
+
+template <int G>
+constexpr int chunk_groups = G == 128 ? 16 : 1024 / G;
+
+constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
+
+const std::byte* token(const Int8Args& args, Index i) {
+  return args.x + (args.index != nullptr ? args.index[i] : i) * args.x_stride;
+}
+
+const float* floats_at(Pointer p) { return reinterpret_cast<const float*>(p); }
+
+// ---- Scales and biases: blocks of 4 L groups ----
+
+template <DType type>
+Float load_block(Pointer p, Index count) {
+  constexpr int size = type == DType::f32 ? 4 : 2;
+  alignas(64) std::byte rest[tile_rows * size] = {};
+  if (count < tile_rows) {
+    for (Index i = 0; i < count * size; ++i) rest[i] = p[i];
+    p = rest;
+  }
+  if constexpr (type == DType::f32) return V::load(floats_at(p));
+  else if constexpr (type == DType::f16) return V::from_f16(p);
+  else return V::from_bf16(p);
+}
+
+// Groups [first, first + 4 L) of one row of scales or biases, zero where there are none.
+Float load_block(const Int8Args& args, Pointer base, Index row, Index first) {
+  const Index at = row * args.groups + first, count = args.groups - first;
+  switch (args.dtype) {
+    case DType::f16: return load_block<DType::f16>(base + at * 2, count);
+    case DType::bf16: return load_block<DType::bf16>(base + at * 2, count);
+    default: return load_block<DType::f32>(base + at * 4, count);
+  }
+}
+
+template <int bits>
+Float load_biases(const Int8Args& args, Index row, Index first, Float scales) {
+  const Float biases = load_block(args, args.biases, row, first);
+  if constexpr (V::template offset<bits> == 0) return biases;
+  else return V::fma(V::set(V::template offset<bits>), scales, biases);
+}
+
+// ---- Few tokens: four rows at a time, from code to product in registers ----
+
+// Scales and biases of four rows in the order of their use: entry j is [group j L + lane][row].
+struct Block {
+  Float scales[4], biases[4];
+};
+
+inline void transpose_block(Float (&m)[4]) {
+  Int t[4];
+  for (int r = 0; r < 4; ++r) t[r] = V::bits(V::strided(m[r]));
+  V::transpose4(t);
+  for (int r = 0; r < 4; ++r) m[r] = V::floats(t[r]);
+}
+
+template <int bits>
+void load_blocks(const Int8Args& args, const Index (&rows)[4], Index first, Block& block) {
+  for (int r = 0; r < 4; ++r) {
+    block.scales[r] = load_block(args, args.scales, rows[r], first);
+    block.biases[r] = load_biases<bits>(args, rows[r], first, block.scales[r]);
+  }
+  transpose_block(block.scales);
+  transpose_block(block.biases);
+}
+
+// sums[t] = [part][row] over the L parts of G / 32 pieces from piece `at`; `left` pieces are there.
+template <int bits, int P, int T>
+inline void dot_parts(const Pointer (&w)[4], const Pointer (&x)[T], Index at, Index left, Int (&sums)[T]) {
+  if constexpr (P == 1) {
+    if (left <= 0) {
+      for (int t = 0; t < T; ++t) sums[t] = V::zero();
+      return;
+    }
+    const int present = left < L ? static_cast<int>(left) : L;
+    V::Bytes a[4], b[4];
+    for (int r = 0; r < 4; ++r) V::template codes<bits>(w[r] + at * (4 * bits), present, a[r], b[r]);
+    for (int t = 0; t < T; ++t) {
+      const V::Bytes xa = V::load_bytes(x[t] + at * piece), xb = V::load_bytes(x[t] + at * piece + 16 * L);
+      Int d[4];
+      for (int r = 0; r < 4; ++r) d[r] = V::template dot<bits>(V::zero(), a[r], b[r], xa, xb);
+      sums[t] = V::add4(d[0], d[1], d[2], d[3]);
+    }
+  } else {
+    Int more[T];
+    dot_parts<bits, P / 2, T>(w, x, at, left, sums);
+    dot_parts<bits, P / 2, T>(w, x, at + L * P / 2, left - L * P / 2, more);
+    for (int t = 0; t < T; ++t) sums[t] = V::add_lanes(sums[t], more[t]);
+  }
+}
+
+template <int bits, int G, int T>
+void few_rows(const Int8Args& args, Index row) {
+  constexpr int P = G / piece;
+  const int valid = static_cast<int>(smaller(4, args.row_end - row));
+  Index rows[4];
+  Pointer w[4], x[T];
+  for (int r = 0; r < 4; ++r) {
+    rows[r] = row + (r < valid ? r : 0);
+    w[r] = args.weight + rows[r] * args.row_bytes;
+  }
+  for (int t = 0; t < T; ++t) x[t] = token(args, t);
+
+  alignas(64) float total[T][4] = {};
+  Float sums[T];
+  for (int t = 0; t < T; ++t) sums[t] = V::floats(V::zero());
+  Block block;
+  for (Index g = 0; g < args.groups; g += tile_rows) {
+    load_blocks<bits>(args, rows, g, block);
+    const Index end = smaller(g + tile_rows, args.groups);
+    int j = 0;
+    for (Index at = g; at < end; at += L, ++j) {
+      Int dots[T];
+      const Index left = (args.groups - at) * P;
+      if (left >= L * P) dot_parts<bits, P, T>(w, x, at * P, L * P, dots);
+      else dot_parts<bits, P, T>(w, x, at * P, left, dots);
+      for (int r = 0; r < 4; ++r)
+        for (int line = 0; line < L * P * 4 * bits; line += 64)
+          __builtin_prefetch(w[r] + at * P * 4 * bits + line + V::ahead * args.row_bytes);
+      for (int t = 0; t < T; ++t) {
+        const Float factor = V::spread(floats_at(x[t] + args.factors) + at);
+        const Float x_sum = V::spread(floats_at(x[t] + args.sums) + at);
+        sums[t] = V::fma(V::mul(V::convert(dots[t]), factor), block.scales[j], sums[t]);
+        sums[t] = V::fma(block.biases[j], x_sum, sums[t]);
+      }
+    }
+    if (end % chunk_groups<G> == 0 || end == args.groups) {
+      for (int t = 0; t < T; ++t) {
+        alignas(16) float part[4];
+        V::fold(sums[t], part);
+        for (int r = 0; r < 4; ++r) total[t][r] += part[r];
+        sums[t] = V::floats(V::zero());
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < valid; ++r) args.y[t * args.y_stride + row + r] = total[t][r];
+}
+
+template <int bits, int G, int T>
+void few(const Int8Args& args) {
+  for (Index row = args.row_begin; row < args.row_end; row += 4) few_rows<bits, G, T>(args, row);
+}
+
+// ---- Many tokens: the codes of 4 L rows as bytes, then every token ----
+
+// A chunk of columns of 4 L rows: codes[piece][8][row][4 columns], scales and biases [group][row].
+template <int G>
+struct Tile {
+  alignas(64) std::byte codes[chunk_groups<G> * (G / piece) * piece_codes];
+  alignas(64) float scales[(chunk_groups<G> + tile_rows) * tile_rows];
+  alignas(64) float biases[(chunk_groups<G> + tile_rows) * tile_rows];
+};
+
+template <int bits, int G>
+void fill(const Int8Args& args, const Index (&rows)[tile_rows], Index first, Index groups, Tile<G>& tile) {
+  constexpr int P = G / piece;
+  for (Index at = 0; at < groups; at += tile_rows) {
+    Int scales[tile_rows], biases[tile_rows];
+    for (int r = 0; r < tile_rows; ++r) {
+      const Float scale = load_block(args, args.scales, rows[r], first + at);
+      scales[r] = V::bits(scale);
+      biases[r] = V::bits(load_biases<bits>(args, rows[r], first + at, scale));
+    }
+    V::transpose(scales);
+    V::transpose(biases);
+    for (int g = 0; g < tile_rows; ++g) {
+      V::store(tile.scales + (at + g) * tile_rows, V::floats(scales[g]));
+      V::store(tile.biases + (at + g) * tile_rows, V::floats(biases[g]));
+    }
+  }
+  const Index pieces = groups * P;
+  for (Index at = 0; at < pieces; at += L) {
+    const int present = static_cast<int>(smaller(L, pieces - at));
+    Int a[tile_rows], b[tile_rows];
+    for (int r = 0; r < tile_rows; ++r) {
+      V::Bytes even, odd;
+      V::template codes<bits>(args.weight + rows[r] * args.row_bytes + (first * P + at) * (4 * bits), present, even, odd);
+      a[r] = V::ints(even);
+      b[r] = V::ints(odd);
+    }
+    V::transpose(a);
+    V::transpose(b);
+    for (int q = 0; q < present; ++q) {
+      std::byte* out = tile.codes + (at + q) * piece_codes;
+      for (int i = 0; i < 4; ++i) {
+        V::store(reinterpret_cast<float*>(out + i * 4 * tile_rows), V::floats(a[4 * q + i]));
+        V::store(reinterpret_cast<float*>(out + (4 + i) * 4 * tile_rows), V::floats(b[4 * q + i]));
+      }
+    }
+  }
+}
+
+// out[t] = [row] over `groups` groups; x, factors and sums of the first of them are at x[t] + codes, ...
+template <bool wide, int G, int T>
+inline void micro(const Tile<G>& tile, Index groups, const Pointer (&x)[T], Index codes, Index factors, Index x_sums,
+                  Float (&out)[T]) {
+  constexpr int P = G / piece, bits = wide ? 8 : 4;
+  for (int q = 0; q < L; ++q) {
+    Float sums[T];
+    for (int t = 0; t < T; ++t) sums[t] = V::floats(V::zero());
+    for (Index g = q; g < groups; g += L) {
+      Int dots[T];
+      for (int t = 0; t < T; ++t) dots[t] = V::zero();
+      for (int p = 0; p < P; ++p) {
+        const Index at = g * P + p, x_at = codes + at / L * (L * piece) + at % L * 16;
+        const std::byte* w = tile.codes + at * piece_codes;
+        for (int i = 0; i < 4; ++i) {
+          const V::Bytes a = V::load_bytes(w + i * 4 * tile_rows), b = V::load_bytes(w + (4 + i) * 4 * tile_rows);
+          for (int t = 0; t < T; ++t) {
+            const std::byte* v = x[t] + x_at + 4 * i;
+            dots[t] = V::template dot<bits>(dots[t], a, b, V::repeat(v), V::repeat(v + 16 * L));
+          }
+        }
+      }
+      const Float scale = V::load(tile.scales + g * tile_rows), bias = V::load(tile.biases + g * tile_rows);
+      for (int t = 0; t < T; ++t) {
+        const Float product = V::mul(V::convert(dots[t]), V::set(floats_at(x[t] + factors)[g]));
+        sums[t] = V::fma(product, scale, sums[t]);
+        sums[t] = V::fma(bias, V::set(floats_at(x[t] + x_sums)[g]), sums[t]);
+      }
+    }
+    for (int t = 0; t < T; ++t) out[t] = q == 0 ? sums[t] : V::add(out[t], sums[t]);
+  }
+}
+
+template <bool wide, int G, int T>
+void multiply(const Int8Args& args, const Tile<G>& tile, Index row, Index first, Index groups, Index i) {
+  Pointer x[T];
+  for (int t = 0; t < T; ++t) x[t] = token(args, i + t);
+  Float out[T] = {};
+  micro<wide, G, T>(tile, groups, x, first * G, args.factors + first * 4, args.sums + first * 4, out);
+  const Index valid = args.row_end - row;
+  for (int t = 0; t < T; ++t) {
+    float* y = args.y + (i + t) * args.y_stride + row;
+    alignas(64) float part[tile_rows];
+    if (valid >= tile_rows) {
+      V::store(y, first == 0 ? out[t] : V::add(V::load(y), out[t]));
+      continue;
+    }
+    V::store(part, out[t]);
+    for (Index r = 0; r < valid; ++r) y[r] = first == 0 ? part[r] : y[r] + part[r];
+  }
+}
+
+// Tokens [i, i + n) for n up to V::tokens.
+template <bool wide, int G, int T = V::tokens>
+void multiply_some(const Int8Args& args, const Tile<G>& tile, Index row, Index first, Index groups, Index i, Index n) {
+  if constexpr (T > 1) {
+    if (n < T) return multiply_some<wide, G, T - 1>(args, tile, row, first, groups, i, n);
+  }
+  multiply<wide, G, T>(args, tile, row, first, groups, i);
+}
+
+template <int bits, int G>
+void many(const Int8Args& args) {
+  constexpr bool wide = V::splits_wide && bits == 8;
+  Tile<G> tile;
+  const Index shares = (args.count + V::tokens - 1) / V::tokens;
+  for (Index row = args.row_begin; row < args.row_end; row += tile_rows) {
+    Index rows[tile_rows];
+    for (int r = 0; r < tile_rows; ++r) rows[r] = smaller(row + r, args.row_end - 1);
+    for (Index first = 0; first < args.groups; first += chunk_groups<G>) {
+      const Index groups = smaller(chunk_groups<G>, args.groups - first);
+      fill<bits, G>(args, rows, first, groups, tile);
+      for (Index s = 0, i = 0; s < shares; ++s) {
+        const Index end = args.count * (s + 1) / shares;
+        multiply_some<wide, G>(args, tile, row, first, groups, i, end - i);
+        i = end;
+      }
+    }
+  }
+}
+
+// ---- Activations ----
+
+typedef float Floats __attribute__((vector_size(16 * L)));
+typedef std::int32_t Ints __attribute__((vector_size(16 * L)));
+
+template <class T>
+inline T read_as(const void* p) {
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+
+// Of magnitudes as integers, where NaN is above all.
+inline std::int32_t largest(Ints v) {
+  std::int32_t values[4 * L];
+  std::memcpy(values, &v, sizeof v);
+  for (int n = 2 * L; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) values[i] = values[i] > values[i + n] ? values[i] : values[i + n];
+  return values[0];
+}
+
+// Nearest integers to 32 values times `inverse`, ties to even, as codes in two halves; returns their sum.
+inline Floats encode(const float* x, float inverse, bool interleaved, std::byte* first, std::byte* second) {
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: the low byte of a sum with it is the integer
+  typedef std::int32_t Words __attribute__((vector_size(4 * piece)));
+  typedef std::int8_t Codes __attribute__((vector_size(piece)));
+  Floats total = {};
+  Words words;
+  for (int k = 0; k < piece; k += 4 * L) {
+    const Floats scaled = read_as<Floats>(x + k) * inverse;  // rounded by itself: no fused multiply-add
+    const Floats shifted = scaled + magic;
+    total += shifted - magic;
+    std::memcpy(reinterpret_cast<std::byte*>(&words) + 4 * k, &shifted, sizeof shifted);
+  }
+  Codes codes = __builtin_convertvector(words, Codes);
+  if (interleaved) {
+    codes = __builtin_shufflevector(codes, codes, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,  //
+                                    1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  }
+  std::memcpy(first, &codes, 16);
+  std::memcpy(second, reinterpret_cast<const std::byte*>(&codes) + 16, 16);
+  return total;
+}
+
+std::byte* place(const QuantizeArgs& args, Index at) { return args.codes + at / L * (L * piece) + at % L * 16; }
+
+void quantize(const QuantizeArgs& args) {
+  constexpr float tiny = 1e-30f;  // a group below it counts as zero: 127 / it would overflow
+  const Index pieces = args.group_size / piece, groups = args.cols / args.group_size;
+  for (Index g = 0; g < groups; ++g) {
+    const float* x = args.x + g * args.group_size;
+    Ints most = {};
+    for (Index i = 0; i < args.group_size; i += 4 * L) {
+      const Ints v = read_as<Ints>(x + i) & 0x7fffffff, above = v > most;
+      most = (v & above) | (most & ~above);
+    }
+    const std::int32_t peak_bits = largest(most);
+    const float peak = read_as<float>(&peak_bits);
+    const float factor = peak / 127, inverse = peak > tiny ? 127 / peak : 0;
+    Floats sums = {};
+    for (Index p = 0; p < pieces; ++p) {
+      std::byte* codes = place(args, g * pieces + p);
+      sums += encode(x + p * piece, inverse, args.interleaved, codes, codes + 16 * L);
+    }
+    float sum = 0;
+    for (int k = 0; k < 4 * L; ++k) sum += sums[k];
+    args.factors[g] = factor;
+    args.sums[g] = factor * sum;
+  }
+  for (Index g = groups; g % 16 != 0; ++g) args.factors[g] = args.sums[g] = 0;
+  for (Index at = groups * pieces; at % L != 0; ++at) {
+    std::byte* codes = place(args, at);
+    std::memset(codes, 0, 16);
+    std::memset(codes + 16 * L, 0, 16);
+  }
+}
+
+// ---- Entry point ----
+
+template <int bits, int G>
+void matmul_of(const Int8Args& args) {
+  switch (args.count) {
+    case 1: return few<bits, G, 1>(args);
+    case 2: return few<bits, G, 2>(args);
+    case 3: return few<bits, G, 3>(args);
+    default: return many<bits, G>(args);
+  }
+}
+
+template <int bits>
+void matmul_bits(const Int8Args& args) {
+  switch (args.group_size) {
+    case 32: return matmul_of<bits, 32>(args);
+    case 64: return matmul_of<bits, 64>(args);
+    case 128: return matmul_of<bits, 128>(args);
+    default: return;
+  }
+}
+
+void matmul(const Int8Args& args) {
+  switch (args.bits) {
+    case 2: return matmul_bits<2>(args);
+    case 3: return matmul_bits<3>(args);
+    case 4: return matmul_bits<4>(args);
+    case 5: return matmul_bits<5>(args);
+    case 6: return matmul_bits<6>(args);
+    case 8: return matmul_bits<8>(args);
+    default: return;
+  }
+}
+
+}  // namespace
+}  // namespace mixbit
