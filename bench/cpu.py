@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,8 @@ from bench.sides import Asked, Side, SideError, served
 from mixbit.engine.demo import cache_directory
 from mixbit.engine.loader import load
 from mixbit.engine.step_cost import step_cost
-from mixbit.kernels.executor import ExecutorOptions
 
-# Both ways to compute, where the engine has them.
-MODES = ("fast", "exact") if "precision" in {each.name for each in fields(ExecutorOptions)} else ("exact",)
+MODES = ("fast", "exact")
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,8 @@ ROWS = (
 
 @dataclass
 class Result:
-    """rates: tokens per second of each repetition, by column ("fast", "exact", "base"). floor: that of the first
-    of our modes; 0 where there is none. problems: why a column is empty."""
+    """rates: tokens per second of each repetition, by column ("fast", "exact", "base"). floor: of the fast mode;
+    0 where there is none. problems: why a column is empty."""
 
     row: Row
     rates: dict[str, list[float]] = field(default_factory=dict)
@@ -158,8 +156,7 @@ class Bench:
         pair.warm()  # after the peer, which copies its weights into another order and may push ours out
         ours = {"model": str(pair.ours), "sequences": sequences, **options}
         for mode in MODES:
-            precision = {"precision": mode} if len(MODES) > 1 else {}
-            self._start(stack, mode, sys.executable, "ours.py", **ours, **precision)
+            self._start(stack, mode, sys.executable, "ours.py", precision=mode, **ours)
         if any(row.side == "http" for row in self.rows):
             self.sides["http"] = stack.enter_context(served(pair.ours, self.args.threads))
         program = load(pair.ours).program
@@ -170,8 +167,7 @@ class Bench:
             work = row.work
             tokens, steps = (work.tokens, 1) if work.do == "prefill" else (1, work.tokens)
             cost = step_cost(program, work.sequences, tokens, work.context + steps // 2, facts["kv_token_bytes"])
-            exact = MODES[0] == "exact"
-            result.floor = work.sequences * tokens / self.machine.floor(cost, exact=exact)
+            result.floor = work.sequences * tokens / self.machine.floor(cost, exact=False)
             yield result
         self.facts |= {"weights": facts["weights"], "kv_token_bytes": facts["kv_token_bytes"]}
 

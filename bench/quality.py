@@ -22,7 +22,6 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +30,12 @@ from bench.routing import chosen_after, chosen_for, moe_layers, router_inputs
 from mixbit.engine.demo import ensure_demo
 from mixbit.engine.loader import LoadedModel, load
 from mixbit.engine.tokenizer import load_tokenizer
-from mixbit.kernels.executor import Batch, CacheConfig, Executor, ExecutorOptions
+from mixbit.kernels.executor import Batch, CacheConfig, Executor, ExecutorOptions, Precision
 from mixbit.kernels.ops import Moe
 from mixbit.kernels.registry import choose
 
 WINDOW = 512  # tokens scored together; each begins without a past
-MODES = ("exact", "fast")
+MODES: tuple[Precision, ...] = ("exact", "fast")
 BLOCK = 32
 
 
@@ -165,8 +164,7 @@ def router_quality(model: LoadedModel, tokens: int, options: dict[str, ExecutorO
 
 def modes(threads: int) -> dict[str, ExecutorOptions]:
     """Options of each mode."""
-    kept: Any = ExecutorOptions
-    return {mode: kept(max_tokens=WINDOW, threads=threads, precision=mode) for mode in MODES}
+    return {mode: ExecutorOptions(max_tokens=WINDOW, threads=threads, precision=mode) for mode in MODES}
 
 
 def main() -> None:

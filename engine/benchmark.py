@@ -17,7 +17,7 @@ from mixbit.engine.errors import UserError
 from mixbit.engine.loader import load
 from mixbit.engine.sizing import slot_bytes
 from mixbit.engine.step_cost import step_cost
-from mixbit.kernels.executor import Batch, CacheConfig, Executor, ExecutorOptions
+from mixbit.kernels.executor import Batch, CacheConfig, Executor, ExecutorOptions, Precision
 from mixbit.kernels.ops import Program
 from mixbit.kernels.registry import choose
 
@@ -103,12 +103,15 @@ class BenchmarkOptions:
     threads: int = 0
     isa: str | None = None
     dtype: str | None = None
+    precision: Precision = "fast"
 
     @property
     def executor(self) -> ExecutorOptions:
         """How the program is run."""
         dtype = cast(Any, self.dtype)  # the backend refuses others
-        return ExecutorOptions(max_tokens=STEP_TOKENS, threads=self.threads, isa=self.isa, dtype=dtype)
+        return ExecutorOptions(
+            max_tokens=STEP_TOKENS, threads=self.threads, isa=self.isa, dtype=dtype, precision=self.precision
+        )
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,9 @@ def add_parser(commands: Any) -> None:
     device = parser.add_argument_group("device")
     device.add_argument("--device", metavar="NAME", default="auto", help="see mixbit doctor (default: auto)")
     device.add_argument("--threads", metavar="N", type=int, default=0, help="CPU threads (default: one a core)")
+    device.add_argument(
+        "--precision", choices=["fast", "exact"], default="fast", help="fast: int8 activations on CPUs (the default)"
+    )
     device.add_argument("--isa", metavar="NAME", help="force a CPU instruction set (default: the best)")
     device.add_argument(
         "--dtype",
@@ -97,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads,
             isa=args.isa,
             dtype=args.dtype,
+            precision=args.precision,
         )
         found = run_benchmark(path, options, steps.update)
     if args.json:

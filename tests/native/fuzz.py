@@ -220,11 +220,24 @@ def _steps(case: Case, cache: CacheConfig, most: int) -> list[Batch]:
     return batches
 
 
-def run_case(number: int, modes: Mapping[str, tuple[Mapping[str, Any], float]]) -> None:
-    """Raise FuzzError if a mode of the native module, (options, tolerance), is further from the reference.
+@dataclass(frozen=True)
+class Mode:
+    """A way to run the native module. tolerance: a share of the largest value of a step, at least of `least`."""
 
-    The tolerance is a share of the largest value of a step.
-    """
+    options: Mapping[str, Any]
+    tolerance: float
+    least: float
+
+
+# int8 activations are off by a share of the inputs, which are around 1, however small their products come out.
+MODES: Mapping[str, Mode] = {
+    "exact": Mode({"precision": "exact"}, 3e-5, 1e-3),
+    "fast": Mode({"precision": "fast"}, 0.05, 1.0),
+}
+
+
+def run_case(number: int, modes: Mapping[str, Mode]) -> None:
+    """Raise FuzzError if one of the modes is further from the reference than its tolerance."""
     from mixbit.kernels.cpu import _cpu
     from mixbit.kernels.cpu.backend import CpuBackend
 
@@ -238,24 +251,20 @@ def run_case(number: int, modes: Mapping[str, tuple[Mapping[str, Any], float]]) 
     batches = _steps(case, cache, most)
     reference = ReferenceBackend().compile(program, cache, ExecutorOptions(max_tokens=most))
     wanted = [reference.run(batch) for batch in batches]
-    name, (options, tolerance) = case.one_of(*modes.items())
+    name, mode = list(modes.items())[case.rng.integers(len(modes))]
     isa, threads = case.one_of(*_cpu.supported_isas()), case.upto(3)
     told = f"case {number}: {kind}, {name}, {isa}, {threads} threads"
     executor = CpuBackend().compile(
-        program, cache, ExecutorOptions(max_tokens=most, threads=threads, isa=isa, **options)
+        program, cache, ExecutorOptions(max_tokens=most, threads=threads, isa=isa, **mode.options)
     )
     for place, (batch, want) in enumerate(zip(batches, wanted, strict=True)):
         got = executor.run(batch)
-        limit = tolerance * max(float(np.abs(want).max(initial=0)), 1e-3)
+        limit = mode.tolerance * max(float(np.abs(want).max(initial=0)), mode.least)
         worst = float(np.abs(got - want).max(initial=0)) if got.shape == want.shape else np.inf
         if not worst <= limit:
             raise FuzzError(
                 f"{told}, step {place} of {len(batch.tokens)} tokens: off by {worst:.3g}, allowed {limit:.3g}"
             )
-
-
-# Options of the executor and how far its results may be off.
-MODES: Mapping[str, tuple[Mapping[str, Any], float]] = {"exact": ({}, 3e-5)}
 
 
 def main() -> int:

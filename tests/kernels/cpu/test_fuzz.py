@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.native.fuzz import KINDS, MODES, FuzzError, run_case
+from tests.native.fuzz import KINDS, MODES, FuzzError, Mode, run_case
 
 
 @pytest.mark.parametrize("number", range(10 * len(KINDS)))
@@ -14,4 +14,4 @@ def test_like_reference(number: int) -> None:
 
 def test_what_is_off_is_told_by_number() -> None:
     with pytest.raises(FuzzError, match=r"case 0: matvec, strict, .* off by .*, allowed 0"):
-        run_case(0, {"strict": ({}, 0.0)})
+        run_case(0, {"strict": Mode({}, 0.0, 1.0)})
