@@ -66,6 +66,7 @@ function view(message, index) {
   const { article, update } = assistantMessage(message, {
     regenerate: () => restart(index, []),
     proceed: () => {
+      if (!settingsAreRight()) return;
       state.messages.length = index + 1;
       draw(index);
       answer(message);
@@ -107,7 +108,6 @@ function restart(index, messages) {
 
 /** Stream into `message`, which is the last; text that it has already is gone on with. */
 async function answer(message) {
-  if (!settingsAreRight()) return;
   stop();
   const controller = new AbortController();
   state.running = controller;
@@ -187,7 +187,7 @@ export function stop() {
 }
 
 function send(text) {
-  if (!text.trim()) return;
+  if (!text.trim() || !settingsAreRight()) return;
   input.value = "";
   grow();
   restart(state.messages.length, [{ role: "user", content: text.trim() }]);

@@ -10,6 +10,7 @@ const TABS = ["chat", "model"];
 const THEMES = ["system", "light", "dark"];
 const names = byId("model-name");
 let models = [];
+let locked = false; // the key is missing or wrong: its user has been told
 
 // --- tabs: the address tells which is shown ---
 
@@ -61,20 +62,23 @@ async function checkHealth() {
   } catch {
     showStatus("unreachable", "no connection");
   }
-  if (ready && !models.some((each) => each.context_length)) await loadModels();
+  const known = ready ? models.some((each) => each.context_length) : models.length > 0;
+  if (!known && !locked) await loadModels();
+  clearTimeout(timer); // another look may have ended meanwhile
   timer = setTimeout(checkHealth, ready ? 10_000 : 1000);
 }
 
 async function loadModels() {
   try {
     models = (await getJson("/v1/models")).data;
+    locked = false;
     const chosen = names.value || localStorage.getItem("mixbit.model");
     names.replaceChildren(...models.map(({ id }) => h("option", { value: id, text: id })));
     names.value = models.some(({ id }) => id === chosen) ? chosen : models[0].id;
     chooseModel();
     showDefaults(await getJson("/props"));
   } catch (error) {
-    onError(error);
+    if (error.status === 401) onError(error); // anything else: it is tried again with the next look at /health
   }
 }
 
@@ -87,8 +91,9 @@ function chooseModel() {
 }
 
 function onError(error) {
-  if (error.status === 401) askForKey(apiKey.get() ? error.message : "");
-  else checkHealth();
+  if (error.status !== 401) return void checkHealth();
+  locked = true;
+  askForKey(apiKey.get() ? error.message : "");
 }
 
 // --- the key ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -58,6 +59,19 @@ async def test_tokens_equal_the_usage_of_the_answers() -> None:
     assert found["mixbit_time_to_first_token_seconds_count"] == len(bodies)
     assert found["mixbit_inter_token_seconds_count"] == 2 * choices  # three deltas each
     assert found['mixbit_http_responses_total{route="/v1/chat/completions",status="200"}'] == 3
+
+
+async def test_tokens_count_while_they_come() -> None:
+    engine = FakeEngine(Reply(["a", "b", "c"], hang=True))
+    async with connect(engine) as client:
+        answer = asyncio.create_task(client.post(CHAT, json={"messages": HELLO}))
+        async with asyncio.timeout(10):
+            while (await metrics(client))["mixbit_completion_tokens_total"] < 3:
+                await asyncio.sleep(0.01)
+        assert not answer.done()
+        answer.cancel()
+        await asyncio.gather(answer, return_exceptions=True)
+        assert (await metrics(client))["mixbit_completion_tokens_total"] == 3
 
 
 async def test_times_are_measured() -> None:
