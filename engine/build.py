@@ -16,6 +16,7 @@ from mixbit.engine.disk_tier import open_tier
 from mixbit.engine.errors import UserError
 from mixbit.engine.inspection import describe
 from mixbit.engine.loader import load
+from mixbit.engine.pace import Pace
 from mixbit.engine.protocol import Ready
 from mixbit.engine.runner import Runner, warm_up
 from mixbit.engine.scheduler import Scheduler
@@ -70,7 +71,9 @@ def build(config: EngineConfig, progress: Progress) -> BuiltEngine:
     )
     progress("preparing the device", 0, 1)
     executor = choice.backend.compile(model.program, cache, options)
-    warm_up(executor, cache, config.step_tokens)
+    pace = Pace(config.step_tokens)
+    for measured in warm_up(executor, cache, config.step_tokens):
+        pace.note(*measured)
     progress("preparing the device", 1, 1)
     scheduler = Scheduler(
         blocks=cache.blocks,
@@ -93,7 +96,7 @@ def build(config: EngineConfig, progress: Progress) -> BuiltEngine:
     )
     runner = Runner(executor)
     disk = open_tier(config, scheduler, runner, choice.backend.name)
-    return BuiltEngine(EngineCore(runner.run, scheduler, Admission(tokenizer, limits), disk), ready, executor)
+    return BuiltEngine(EngineCore(runner.run, scheduler, Admission(tokenizer, limits), disk, pace), ready, executor)
 
 
 def _context_length(config: EngineConfig, longest: int) -> int:
