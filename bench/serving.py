@@ -216,7 +216,7 @@ async def disturbance(side: Side, words: int, salt: int) -> tuple[float, float]:
 
     watcher = asyncio.create_task(watch())
     await enough.wait()
-    long = f"({salt}) " + " ".join(f"word{number % 10}" for number in range(words // 2))
+    long = f"({salt}) " + " ".join(f"word{number % 10}" for number in range(words * 5 // 8))
     start = time.perf_counter()
     answer = await whole(side.port, TEXT, side.body(1, prompt=long))
     end = time.perf_counter()

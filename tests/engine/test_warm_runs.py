@@ -97,6 +97,21 @@ def test_a_warm_run_has_the_logits_of_a_cold_one(program: Program, backend: str)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_prompts_that_arrive_together_have_the_logits_of_those_that_come_alone(program: Program, backend: str) -> None:
+    system = [*text(8, 94), END, 9]  # ends with a block
+    prompts = [[*system, *text(seed, 20)] for seed in (21, 22)]
+    together = [request(tokens) for tokens in prompts]
+    ours = Engine(backend, program).run(*together)
+    assert [each.cached_tokens > 60 for each in together] == [False, True]
+    for each, tokens in zip(together, prompts, strict=True):
+        alone = request(tokens)
+        theirs = Engine(backend, program).run(alone)[alone]
+        assert each.tokens == alone.tokens
+        for one, other in zip(ours[each], theirs, strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_exactly_the_same_where_the_chunks_are_the_same(program: Program, backend: str) -> None:
     """The prefix ends where a chunk of the cold run ended: nothing is computed in another way."""
     tokens = text(7, 90)
