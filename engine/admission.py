@@ -99,10 +99,10 @@ class Admission:
         """Tokens of a text."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def detokenize(self, tokens: list[int]) -> str:
-        """Text of tokens, special ones included. Raises RefusedError if one is out of range."""
+    def detokenize(self, tokens: list[int]) -> tuple[str, list[bytes]]:
+        """Text of tokens, special ones included, and of each. Raises RefusedError if one is out of range."""
         self._check_tokens(tokens, "tokens")
-        return self._tokenizer.decode(tokens)
+        return self._tokenizer.decode(tokens), [self._tokenizer.token_bytes(token) for token in tokens]
 
     def _build(self, message: Generate) -> Generation:
         _check_sampling(message.sampling)

@@ -182,10 +182,17 @@ class EngineClient:
 
     async def detokenize(self, tokens: list[int]) -> str:
         """See Engine."""
+        return (await self._detokenized(tokens)).text
+
+    async def pieces(self, tokens: list[int]) -> list[bytes]:
+        """See Engine."""
+        return (await self._detokenized(tokens)).pieces
+
+    async def _detokenized(self, tokens: list[int]) -> Detokenized:
         message = Detokenize(request_id=f"client:{next(self._numbers)}", tokens=tokens)
         answer = await self._ask(message, param="tokens")
         assert isinstance(answer, Detokenized)
-        return answer.text
+        return answer
 
     async def close(self) -> None:
         """See Engine."""
@@ -284,7 +291,9 @@ class EngineClient:
     def _enter(self, state: EngineState, message: str | None = None) -> None:
         self.state, self.message = state, message
         if state is not EngineState.READY:
-            self.ready = self.stats = None
+            self.stats = None
+        if state not in {EngineState.READY, EngineState.UNLOADED}:
+            self.ready = None
         if state in {EngineState.READY, EngineState.UNLOADED, EngineState.FAILED, EngineState.CLOSED}:
             self.progress = None
             self._settled.set()

@@ -87,7 +87,8 @@ class Engine(Protocol):
 
     @property
     def ready(self) -> Ready | None:
-        """What the worker said of the model: context length, vocabulary, backend, bytes. None unless READY."""
+        """What the worker said of the model: context length, vocabulary, backend, bytes. None unless READY or
+        UNLOADED."""
 
     @property
     def stats(self) -> Stats | None:
@@ -105,7 +106,7 @@ class Engine(Protocol):
         """Start the worker and return at once; the state tells the rest."""
 
     async def wait_ready(self) -> Ready:
-        """Wait until the model is loaded. Raises EngineFailed if it cannot be, or if the engine is closed."""
+        """Wait until the model has been loaded. Raises EngineFailed if it cannot be, or if the engine is closed."""
 
     async def generate(self, request: Generate) -> Completion:
         """Submit a request and wait until its prompt is tokenized and within the limits.
@@ -120,6 +121,9 @@ class Engine(Protocol):
 
     async def detokenize(self, tokens: list[int]) -> str:
         """Text of tokens, special tokens included. Raises RequestRefused if one is out of range."""
+
+    async def pieces(self, tokens: list[int]) -> list[bytes]:
+        """What each token adds to a text; may be part of a UTF-8 character. Raises as `detokenize`."""
 
     async def close(self) -> None:
         """End the worker: asked first, killed after a grace period. Streams in flight fail."""

@@ -262,10 +262,11 @@ class Tokenized(Message, frozen=True):
 
 
 class Detokenized(Message, frozen=True):
-    """Answer to Detokenize."""
+    """Answer to Detokenize. pieces: of each token, what it adds to the text."""
 
     request_id: str
     text: str
+    pieces: list[bytes]
 
 
 FromWorker = (

@@ -115,15 +115,16 @@ class Inbox:
                     tokens = self._admission.tokenize(message.text, add_special_tokens=message.add_special_tokens)
                     return None, Tokenized(request_id=request_id, tokens=tokens)
                 case Detokenize():
-                    return None, Detokenized(request_id=request_id, text=self._admission.detokenize(message.tokens))
+                    text, pieces = self._admission.detokenize(message.tokens)
+                    return None, Detokenized(request_id=request_id, text=text, pieces=pieces)
                 case Unreadable():
                     raise RefusedError("invalid_value", message.reason)
         except RefusedError as error:
             refused = Refused(request_id=request_id, code=error.code, message=error.message, param=error.param)
         except Exception as error:  # a fault in one message must not end the thread that serves them all
             log.exception("a request could not be prepared")
-            text = f"the request could not be prepared: {type(error).__name__}: {error}"
-            refused = Refused(request_id=request_id, code="internal_error", message=text)
+            reason = f"the request could not be prepared: {type(error).__name__}: {error}"
+            refused = Refused(request_id=request_id, code="internal_error", message=reason)
         return None, refused
 
 

@@ -165,6 +165,10 @@ class FakeEngine:
             raise RequestRefused("invalid_value", "a token is out of range", "tokens")
         return "".join(map(chr, tokens))
 
+    async def pieces(self, tokens: list[int]) -> list[bytes]:
+        await self.detokenize(tokens)
+        return [chr(token).encode() for token in tokens]
+
     async def close(self) -> None:
         self.state = EngineState.CLOSED
 

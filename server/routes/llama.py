@@ -14,6 +14,7 @@ from mixbit.server.schema.llama import (
     PropsResponse,
     TokenizeRequest,
     TokenizeResponse,
+    TokenPiece,
 )
 from mixbit.server.service import CurrentService
 from mixbit.server.version import VERSION
@@ -27,9 +28,19 @@ async def tokenize(body: TokenizeRequest, service: CurrentService) -> TokenizeRe
     require_ready(service.engine)
     try:
         tokens = await service.engine.tokenize(body.content, add_special_tokens=bool(body.add_special))
+        if not body.with_pieces:
+            return TokenizeResponse(tokens=tokens)
+        pieces = await service.engine.pieces(tokens)
     except RequestRefused as error:
         raise api_error(error, "content") from None
-    return TokenizeResponse(tokens=tokens)
+    return TokenizeResponse(tokens=[_piece(*pair) for pair in zip(tokens, pieces, strict=True)])
+
+
+def _piece(token: int, data: bytes) -> TokenPiece:
+    try:
+        return TokenPiece(id=token, piece=data.decode())
+    except UnicodeDecodeError:  # part of a character
+        return TokenPiece(id=token, piece=list(data))
 
 
 @router.post("/detokenize")

@@ -19,13 +19,20 @@ class TokenizeRequest(RequestModel):
     content: str
     add_special: bool | None = Field(None, description="Add the tokens that begin a text, such as BOS.")
     parse_special: Annotated[Literal[True] | None, Field(description="Always so here.")] = None
-    with_pieces: Annotated[Literal[False] | None, Field(description="Not supported here.")] = None
+    with_pieces: bool | None = Field(None, description="Tell the text of each token too.")
+
+
+class TokenPiece(ResponseModel):
+    """A token."""
+
+    id: int
+    piece: str | list[int]
 
 
 class TokenizeResponse(ResponseModel):
-    """The tokens."""
+    """The tokens; or with pieces, of each its text, or its bytes where they are no text."""
 
-    tokens: list[int]
+    tokens: list[int] | list[TokenPiece]
 
 
 class DetokenizeRequest(RequestModel):

@@ -190,6 +190,19 @@ def test_prompts_of_every_kind(tiny_server: RunningServer) -> None:
     assert (response.status_code, error_of(response)["param"]) == (400, "prompt")
 
 
+def test_special_tokens_in_a_raw_prompt_are_tokens(tiny_server: RunningServer) -> None:
+    raw = "<|im_start|>user\n<|im_end|>"
+    with tiny_server.client() as client:
+        pieces = client.post("/tokenize", json={"content": raw, "with_pieces": True}).json()["tokens"]
+        snow = client.post("/tokenize", json={"content": "☃", "with_pieces": True}).json()["tokens"]
+    assert (pieces[0], pieces[-1]) == ({"id": 1, "piece": "<|im_start|>"}, {"id": 2, "piece": "<|im_end|>"})
+    assert bytes(byte for each in snow for byte in each["piece"]) == "☃".encode()
+    answer = post(tiny_server, TEXT, prompt=raw, max_tokens=6, temperature=0, ignore_eos=True, echo=True).json()
+    assert answer["usage"]["prompt_tokens"] == len(pieces)
+    same = post(tiny_server, TEXT, prompt=[each["id"] for each in pieces], max_tokens=6, temperature=0, ignore_eos=True)
+    assert answer["choices"][0]["text"] == raw + same.json()["choices"][0]["text"]
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_overflow_says_what_clients_look_for(tiny_server: RunningServer, streamed: bool) -> None:
     messages = [{"role": "user", "content": "x y z " * CONTEXT}]

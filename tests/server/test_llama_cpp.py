@@ -122,11 +122,13 @@ async def test_tokens_and_back() -> None:
     tokens = (await post("/tokenize", content="hé")).json()
     assert tokens == {"tokens": [104, 233]}
     assert (await post("/detokenize", **tokens)).json() == {"content": "hé"}
+    pieces = (await post("/tokenize", content="hé", with_pieces=True)).json()
+    assert pieces == {"tokens": [{"id": 104, "piece": "h"}, {"id": 233, "piece": "é"}]}
     response = await post("/detokenize", tokens=[0x110000])
     assert (response.status_code, error_of(response)["param"]) == (400, "tokens")
     wrong: list[tuple[str, dict[str, Any], str]] = [
         ("/tokenize", {}, "content"),
-        ("/tokenize", {"content": "x", "with_pieces": True}, "with_pieces"),
+        ("/tokenize", {"content": "x", "with_pieces": 1}, "with_pieces"),
         ("/tokenize", {"content": "x", "parse_special": False}, "parse_special"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
         ("/detokenize", {"tokens": [2**40]}, "tokens[0]"),
