@@ -26,6 +26,7 @@ Step = Callable[[Sequence[Chunk], list[Move]], npt.NDArray[np.float32]]
 # A step of one request that raises is that request's fault. So many in a row, with no step between them
 # that worked, is the device's: the worker gives up, and a new one may do better.
 _FAILURES_IN_A_ROW = 3
+_EXPORTS = 4  # entries handed to the disk between two steps
 _DISK_SECONDS = 0.02  # until the thread that writes may have room again
 _ARRIVAL_SECONDS = 0.02  # for what comes from the disk, while nothing runs
 _BESIDE_SECONDS = 0.002  # and between steps of what does
@@ -74,7 +75,7 @@ class EngineCore:
         """Write behind while nothing runs; the seconds until there is more to do, None if there is not."""
         if self._disk is None or not self._disk.pending:
             return None
-        return 0.0 if self._disk.save() else _DISK_SECONDS
+        return 0.0 if self._disk.save(_EXPORTS) else _DISK_SECONDS
 
     def close(self, seconds: float) -> None:
         """Write what the disk cache still lacks, within so many seconds."""
@@ -122,7 +123,7 @@ class EngineCore:
             if samples:
                 messages += self._sample(generation, next(rows))
         if self._disk is not None:
-            self._disk.save()
+            self._disk.save(1 if decodes else _EXPORTS)  # what takes long is for when nobody waits
         return messages
 
     def stats(self) -> Stats:

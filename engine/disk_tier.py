@@ -25,7 +25,6 @@ from mixbit.engine.scheduler import Scheduler
 log = logging.getLogger("mixbit.engine")
 
 _READERS = 4
-_EXPORTS = 4  # entries taken from the device between two steps
 
 
 class DiskTier:
@@ -88,7 +87,7 @@ class DiskTier:
         """Whether there is more to write."""
         return bool(self._new)
 
-    def save(self, count: int = _EXPORTS) -> bool:
+    def save(self, count: int) -> bool:
         """Hand over to the writing thread what is new, a few entries; false if it has no room now."""
         if self._new:
             self._runner.make(self._scheduler.moves)  # some may not have reached their place yet

@@ -119,11 +119,11 @@ class Scheduler:
         for request in self.running:
             if request.leader is not None:
                 self._follow(request)
+        prefills = [request for request in self.running if request.pending > 1 and request.leader is None]
         decodes = sum(request.pending == 1 for request in self.running)
         budget = self.step_tokens - decodes
-        if decodes and prefill_limit is not None:
+        if prefills and decodes and prefill_limit is not None:
             budget = min(budget, prefill_limit(decodes))
-        prefills = [request for request in self.running if request.pending > 1 and request.leader is None]
         shares: dict[int, int] = {}
         for request in prefills:
             shares[request.arrival] = min(self._reach(request), (budget + 1) // 2)
