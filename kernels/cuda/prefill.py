@@ -77,8 +77,8 @@ class Weights:
 class Block:
     """What a block of a matrix product makes: tokens x columns, with this many warps along each.
 
-    stages, buffers: tiles of activations and of expanded weights that it holds. resident: blocks on a multiprocessor
-    that registers are spared for.
+    stages: tiles of activations and of codes in flight. resident: blocks on a multiprocessor that registers are spared
+    for.
     """
 
     tokens: int
@@ -86,7 +86,6 @@ class Block:
     warps_m: int
     warps_n: int
     stages: int
-    buffers: int
     resident: int
 
     @property
@@ -103,20 +102,16 @@ class Block:
             f"WARPS_M {self.warps_m}",
             f"WARPS_N {self.warps_n}",
             f"STAGES {self.stages}",
-            f"BUFFERS {self.buffers}",
             f"RESIDENT {self.resident}",
         )
 
     def shared(self, bits: int) -> int:
         """Bytes of shared memory with codes of this width: tiles of x, of codes, and of expanded weights."""
-        codes = self.stages - 1 if self.buffers == 3 else self.stages
-        return self.stages * self.tokens * 128 + codes * self.columns * 8 * bits + self.buffers * self.columns * 128
+        return self.stages * (self.tokens * 128 + self.columns * 8 * bits) + 2 * self.columns * 128
 
 
-WIDE = Block(128, 256, 8, 2, stages=4, buffers=3, resident=1)
-SQUARE = Block(128, 128, 8, 1, stages=3, buffers=2, resident=2)
-LOW = Block(64, 128, 4, 1, stages=3, buffers=2, resident=3)
-GROUPED = Block(64, 256, 4, 2, stages=3, buffers=2, resident=2)  # some tens of tokens for each expert
+SQUARE = Block(128, 128, 8, 1, stages=3, resident=2)
+LOW = Block(64, 128, 4, 1, stages=2, resident=4)  # for few tokens, or some tens for each expert
 
 
 @dataclass(frozen=True)

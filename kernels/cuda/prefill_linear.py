@@ -15,7 +15,6 @@ from mixbit.kernels.cuda.prefill import (
     LOW,
     MOST_SHARED,
     SQUARE,
-    WIDE,
     Block,
     Format,
     Modules,
@@ -74,7 +73,7 @@ class Linear:
         self._device, self._x, self._outputs = device, x, tuple(outputs)
         self._formats = tuple(dict.fromkeys(output.weights.format for output in outputs))
         self._widest = max(form.bits for form in self._formats)
-        self._blocks = [block for block in (WIDE, SQUARE, LOW) if block.shared(self._widest) <= MOST_SHARED]
+        self._blocks = [block for block in (SQUARE, LOW) if block.shared(self._widest) <= MOST_SHARED]
         self._rows = [output.weights.rows for output in outputs]
         self._tables: dict[int, Buffer] = {}
 

@@ -3,8 +3,8 @@
 //
 // A block makes BM rows (tokens) by BN columns (rows of W), in steps of 64 along the depth; its WARPS_M x WARPS_N warps
 // each make 16 x 128 of it or, where there are no warpgroup instructions, share a warpgroup's 64 x 128 in the same way.
-// STAGES tiles of activations and BUFFERS tiles of expanded weights are held. With three buffers the products of one step
-// run on while those of the next begin. Defined by the including text: BM, BN, WARPS_M, WARPS_N, STAGES, BUFFERS.
+// STAGES tiles of activations and of codes are held, and two of expanded weights. Defined by the including text: BM, BN,
+// WARPS_M, WARPS_N, STAGES.
 
 #include "prefill_common.cuh"
 
@@ -13,8 +13,7 @@ constexpr int DEPTH = 64, CHUNKS = DEPTH / 8;
 constexpr int M_TILES = BM / WARPS_M / 16, N_TILES = BN / WARPS_N / 8;
 constexpr int RUNS = BN * 2 / THREADS;  // of 32 weights, a thread's share of a tile
 constexpr int COPIES = BM * CHUNKS / THREADS;
-constexpr int AHEAD = BUFFERS == 3 ? STAGES - 2 : STAGES - 1;  // steps that activations are fetched before their use
-constexpr int CODE_STAGES = AHEAD + 1;
+constexpr int AHEAD = STAGES - 1;  // steps that activations are fetched before their use
 constexpr int X_BYTES = BM * DEPTH * 2, W_BYTES = BN * DEPTH * 2;
 static_assert(RUNS >= 1 && COPIES >= 1 && WARPS_M % 4 == 0 && M_TILES == 1 && N_TILES == 16, "shape of the block");
 
@@ -38,30 +37,51 @@ struct Format {
   static constexpr int RAW_BYTES = RUNS * THREADS * BITS * 4;
 };
 
-// Scale and bias of a run, as they lie in memory: nothing waits for them before they are used.
+// Scales and biases of a run for two steps, an even one and the next, as they lie in memory: nothing waits for them before
+// they are used. Where a step is a group, the two come in one load.
 template <class F>
 struct Affine {
-  u32 scale, bias;
-  DEVICE void load(const void* scales, const void* biases, u64 index, bool valid) {
-    if (F::DENSE) return;
-    if (F::PAIRS) {
-      scale = valid ? __ldg((const u16*)scales + index) : 0;
-      bias = valid ? __ldg((const u16*)biases + index) : 0;
+  static constexpr bool ONE = F::PAIRS && F::GROUP == DEPTH, SAME = F::GROUP == 2 * DEPTH;
+  u32 scale[ONE ? 1 : 2], bias[ONE ? 1 : 2];
+
+  // base: index of the row's first group; column: of the run in the even step. whole: rows have an even number of groups.
+  DEVICE void load(const void* scales, const void* biases, u32 base, int column, int depth, bool wanted, bool whole) {
+    if constexpr (F::DENSE) return;
+    const u64 at = base + column / F::GROUP;
+    const bool first = wanted && column < depth, second = wanted && column + DEPTH < depth;
+    if constexpr (ONE) {
+      if (whole) {
+        scale[0] = first ? __ldg((const u32*)((const u16*)scales + at)) : 0;
+        bias[0] = first ? __ldg((const u32*)((const u16*)biases + at)) : 0;
+      } else {
+        scale[0] = bits(scales, at, first) | bits(scales, at + 1, second) << 16;
+        bias[0] = bits(biases, at, first) | bits(biases, at + 1, second) << 16;
+      }
     } else {
-      scale = valid ? __float_as_uint(load_float(scales, index, F::DTYPE)) : 0;
-      bias = valid ? __float_as_uint(load_float(biases, index, F::DTYPE)) : 0;
+      scale[0] = bits(scales, at, first), bias[0] = bits(biases, at, first);
+      if (SAME) return;
+      scale[1] = bits(scales, at + DEPTH / F::GROUP, second), bias[1] = bits(biases, at + DEPTH / F::GROUP, second);
     }
+  }
+  DEVICE static u32 bits(const void* data, u64 index, bool valid) {
+    if (!valid) return 0;
+    return F::PAIRS ? __ldg((const u16*)data + index) : __float_as_uint(load_float(data, index, F::DTYPE));
+  }
+  // Of the even (0) or odd step: twice in a register for pairs of bfloat16, else as float32.
+  DEVICE u32 get(const u32 (&of)[ONE ? 1 : 2], int step) const {
+    if constexpr (ONE) return __byte_perm(of[0], 0, step ? 0x3232 : 0x1010);
+    const u32 one = of[SAME ? 0 : step * (1 - ONE)];
+    return F::PAIRS ? one * 0x10001u : one;
   }
 };
 
-// Eight weights, the `chunk`-th of a run whose words are given, as bfloat16.
+// Eight weights, the `chunk`-th of a run whose words, scale and bias are given, as bfloat16.
 template <class F>
-DEVICE uint4 expand(const u32* words, int chunk, const Affine<F>& affine) {
+DEVICE uint4 expand(const u32* words, int chunk, u32 scale, u32 bias) {
   u32 out[4];
   constexpr u32 MASK = (1u << (F::BITS & 15)) - 1;
   u32 magic;
   asm("mov.b32 %0, 0x43004300;" : "=r"(magic));  // 128 and 128; a register, so that one instruction masks and sets
-  const u32 scale = affine.scale * 0x10001u, bias = affine.bias * 0x10001u;  // of both of a pair
   if constexpr (F::PAIRS && F::BITS == 4) {
     // Four shifts give the pairs (0, 4), (1, 5), (2, 6), (3, 7).
     u32 pairs[4];
@@ -92,7 +112,7 @@ DEVICE uint4 expand(const u32* words, int chunk, const Affine<F>& affine) {
         const u32 code = (two & MASK) | ((two << (16 - F::BITS)) & (MASK << 16)) | 0x43004300u;
         out[i] = fma_bf16x2(fma_bf16x2(code, 0x3f803f80u, 0xc300c300u), scale, bias);
       } else {
-        const float factor = __uint_as_float(affine.scale), offset = __uint_as_float(affine.bias);
+        const float factor = __uint_as_float(scale), offset = __uint_as_float(bias);
         const float low = __uint_as_float(0x4b000000u | (two & MASK)) - 8388608.0f;
         const float high = __uint_as_float(0x4b000000u | ((two >> F::BITS) & MASK)) - 8388608.0f;
         out[i] = pack_bf16(fmaf(low, factor, offset), fmaf(high, factor, offset));
@@ -123,8 +143,8 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
                      int first, const u16* x, int count, int depth, Source source) {
   const u32 thread = threadIdx.x, warp = thread / 32;
   const u32 warp_m = warp % WARPS_M, warp_n = warp / WARPS_M;
-  const u32 x_tiles = shared_address(memory), w_tiles = x_tiles + STAGES * X_BYTES, raw = w_tiles + BUFFERS * W_BYTES;
-  const unsigned char* raw_memory = memory + STAGES * X_BYTES + BUFFERS * W_BYTES;
+  const u32 x_tiles = shared_address(memory), w_tiles = x_tiles + STAGES * X_BYTES, raw = w_tiles + 2 * W_BYTES;
+  const unsigned char* raw_memory = memory + STAGES * X_BYTES + 2 * W_BYTES;
   const int steps = (depth + DEPTH - 1) / DEPTH;
 
   // This thread's share of the activations: one chunk of COPIES rows.
@@ -174,13 +194,13 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
       if (!wanted[r]) continue;
 #pragma unroll
       for (int v = 0; v < F::VECTORS; v++)
-        copy_async<F::VECTOR>(raw + step % CODE_STAGES * F::RAW_BYTES + ((r * F::VECTORS + v) * THREADS + thread) * F::VECTOR,
+        copy_async<F::VECTOR>(raw + step % STAGES * F::RAW_BYTES + ((r * F::VECTORS + v) * THREADS + thread) * F::VECTOR,
                               codes[r] + (u64)step * (DEPTH / 8 * F::BITS) + v * F::VECTOR, true);
     }
   };
   // Where copies are VECTOR bytes wide, word w of a run is in vector w * 4 / VECTOR.
   auto read_words = [&](u32* words, int step, int r, int from, int n) {
-    const unsigned char* at = raw_memory + step % CODE_STAGES * F::RAW_BYTES + thread * F::VECTOR;
+    const unsigned char* at = raw_memory + step % STAGES * F::RAW_BYTES + thread * F::VECTOR;
     constexpr int EACH = F::VECTOR / 4;
 #pragma unroll
     for (int w = 0; w < n; w += EACH) {
@@ -190,11 +210,12 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
       else words[w] = *(const u32*)place;
     }
   };
-  Affine<F> even[RUNS], odd[RUNS];  // of even and odd steps, fetched a step before their use
+  Affine<F> current[RUNS], next[RUNS];
+  const bool whole = depth / F::GROUP % 2 == 0;
   auto fetch_affine = [&](Affine<F>* to, int step) {
-    const int column = step * DEPTH + half * 32;
 #pragma unroll
-    for (int r = 0; r < RUNS; r++) to[r].load(scales, biases, group_base[r] + column / F::GROUP, wanted[r] && column < depth);
+    for (int r = 0; r < RUNS; r++)
+      to[r].load(scales, biases, group_base[r], step * DEPTH + half * 32, depth, wanted[r], whole);
   };
   constexpr int WORDS = F::DENSE ? F::BITS / 4 : F::BITS;
   alignas(16) u32 words[RUNS][WORDS];
@@ -203,8 +224,8 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
 #pragma unroll
     for (int r = 0; r < RUNS; r++) read_words(words[r], step, r, 0, WORDS);
   };
-  // Chunk c (of 4) of this thread's runs of tile `step`, expanded into the tile's buffer.
-  auto expand_chunk = [&](int step, int c, const Affine<F>* affine) {
+  // Chunk c (of 4) of this thread's runs of tile `step`, which is odd or not, expanded into the tile's buffer.
+  auto expand_chunk = [&](int step, int c, const Affine<F>* affine, int odd) {
 #pragma unroll
     for (int r = 0; r < RUNS; r++) {
       uint4 eight;
@@ -213,9 +234,9 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
         eight = convert<F>(words[r]);
         if (step * DEPTH + (int)half * 32 >= depth) eight = make_uint4(0, 0, 0, 0);
       } else {
-        eight = expand<F>(words[r], c, affine[r]);
+        eight = expand<F>(words[r], c, affine[r].get(affine[r].scale, odd), affine[r].get(affine[r].bias, odd));
       }
-      store_shared((w_place + step % BUFFERS * W_BYTES + r * (THREADS / 2 * 128)) ^ (c * 16), eight);
+      store_shared((w_place + step % 2 * W_BYTES + r * (THREADS / 2 * 128)) ^ (c * 16), eight);
     }
   };
 
@@ -233,20 +254,17 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
     if (s + 1 < steps) fetch_codes(s + 1);
     commit_copies();
   }
-  fetch_affine(even, 0);
-  fetch_affine(odd, 1);
+  fetch_affine(current, 0);
   wait_copies<AHEAD - 1>();
   read_run(0);
 #pragma unroll
-  for (int c = 0; c < 4; c++) expand_chunk(0, c, even);
+  for (int c = 0; c < 4; c++) expand_chunk(0, c, current, 0);
 
-  // affine: of step + 1; those of this step make room for those of step + 2. They are fetched early in a step: the fence
-  // at the end of the next expansion waits for every load before it.
-  auto advance = [&](int step, const Affine<F>* affine, Affine<F>* later) {
+  auto advance = [&](int step, const Affine<F>* affine, int odd) {
     wait_copies<AHEAD - 1>();
-    const u32 x_tile = x_tiles + step % STAGES * X_BYTES, w_tile = w_tiles + step % BUFFERS * W_BYTES;
+    const u32 x_tile = x_tiles + step % STAGES * X_BYTES, w_tile = w_tiles + step % 2 * W_BYTES;
 #ifdef WARPGROUPS
-    if (BUFFERS == 2) wait_products<0>();
+    wait_products<0>();
     publish_tiles();
     __syncthreads();
     const u64 left = tile_descriptor(x_tile + warp_m / 4 * 64 * 128), right = tile_descriptor(w_tile + warp_n * 128 * 128);
@@ -257,14 +275,14 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
 #else
     __syncthreads();
 #endif
-    fetch_affine(later, step + 2);
+    if (odd) fetch_affine(next, step + 2);  // early: the fence of the next step waits for every load before it
     read_run(step + 1);
     if (step + AHEAD < steps) fetch_x(step + AHEAD);
     if (step + AHEAD + 1 < steps) fetch_codes(step + AHEAD + 1);
     commit_copies();
 #pragma unroll
     for (int c = 0; c < 4; c++) {
-      expand_chunk(step + 1, c, affine);
+      expand_chunk(step + 1, c, affine, odd);
 #ifndef WARPGROUPS
       const u32 lane = thread % 32;
       u32 left[4];
@@ -278,13 +296,13 @@ DEVICE void multiply(float (&acc)[M_TILES][N_TILES][4], unsigned char* memory, c
       }
 #endif
     }
-#ifdef WARPGROUPS
-    if (BUFFERS == 3) wait_products<1>();
-#endif
   };
+  // A step expands the tile of the next one.
   for (int step = 0; step < steps; step += 2) {
-    advance(step, odd, even);
-    if (step + 1 < steps) advance(step + 1, even, odd);
+    advance(step, current, 1);
+    if (step + 1 < steps) advance(step + 1, next, 0);
+#pragma unroll
+    for (int r = 0; r < RUNS; r++) current[r] = next[r];
   }
 #ifdef WARPGROUPS
   wait_products<0>();

@@ -9,19 +9,7 @@ import numpy as np
 
 from mixbit.kernels.cuda.compiler import Source
 from mixbit.kernels.cuda.driver import Addressed, Device, Function, Launch
-from mixbit.kernels.cuda.prefill import (
-    F32,
-    GROUPED,
-    LOW,
-    MOST_SHARED,
-    NULL,
-    WIDE,
-    Block,
-    Format,
-    Modules,
-    Weights,
-    ceil_div,
-)
+from mixbit.kernels.cuda.prefill import F32, LOW, MOST_SHARED, NULL, SQUARE, Block, Format, Modules, Weights, ceil_div
 from mixbit.kernels.cuda.prefill_linear import Linear, Output, choose_block
 from mixbit.kernels.ops import MlpSpec, MoeSpec
 
@@ -39,9 +27,8 @@ class MlpWeights:
 
 def mlp_applies(spec: MlpSpec) -> bool:
     """Whether the kernels serve this feed-forward, or these experts."""
-    formats = [Format.of(matrix) for matrix in (spec.gate, spec.up, spec.down)]
-    fits = all(_fits(form) for form in formats)
-    return formats[0] == formats[1] and fits and spec.gate.in_dim % 32 == 0 and spec.down.in_dim % 32 == 0
+    alike = Format.of(spec.gate) == Format.of(spec.up)
+    return alike and spec.gate.in_dim % 32 == 0 and spec.down.in_dim % 32 == 0
 
 
 def moe_applies(spec: MoeSpec) -> bool:
@@ -50,47 +37,41 @@ def moe_applies(spec: MoeSpec) -> bool:
     return mlp_applies(spec.experts) and shared and spec.router.out_dim <= _MOST_EXPERTS
 
 
-def _fits(form: Format) -> bool:
-    return LOW.shared(form.bits) <= MOST_SHARED
-
-
-def _grouped(form: Format) -> Block:
-    """The block for grouped tokens: float32 weights leave no room for the larger one."""
-    return GROUPED if GROUPED.shared(form.bits) <= MOST_SHARED else LOW
-
-
 def _source(block: Block, form: Format, *, gated: bool) -> Source:
     defines = (f"FORMAT {form.bits}, {form.group_size}, {form.dtype}", f"GATED {int(gated)}", *block.defines)
     return Source("prefill_experts.cu", defines)
 
 
+@dataclass(frozen=True, eq=False)
+class _Grouping:
+    """Where the pairs lie, grouped by expert: what prefill_scan and prefill_scatter leave. most: tiles there can be."""
+
+    tiles: Addressed
+    tile_count: Addressed
+    order: Addressed
+    top_k: int
+    most: int
+
+
 def _product(
-    block: Block,
-    modules: Modules,
-    parts: Sequence[Weights],
-    x: Addressed,
-    out: Addressed,
-    grid_y: int,
-    **rest: Addressed | int,
+    block: Block, modules: Modules, parts: Sequence[Weights], x: Addressed, out: Addressed, rows: int | _Grouping
 ) -> Launch:
-    """One launch of prefill_experts: `parts` is (gate, up) or (down,)."""
-    gated = len(parts) == 2
+    """One launch of prefill_experts: `parts` is (gate, up) or (down,); rows of x, or pairs that are grouped."""
     first, last = parts[0], parts[-1]
-    kernel = modules[_source(block, first.format, gated=gated)].function(
-        "prefill_experts", block.shared(first.format.bits)
-    )
-    grouped = "tiles" in rest
+    source = _source(block, first.format, gated=len(parts) == 2)
+    kernel = modules[source].function("prefill_experts", block.shared(first.format.bits))
+    where: tuple[Addressed | np.generic, ...]
+    if isinstance(rows, _Grouping):
+        where = (rows.tiles, rows.tile_count, rows.order, np.int32(rows.top_k), np.int32(0))
+        tiles = rows.most
+    else:
+        where = (NULL, NULL, NULL, np.int32(1), np.int32(rows))
+        tiles = ceil_div(rows, block.tokens)
     arguments = (
         *(_or_null(part) for part in (first.codes, first.scales, first.biases, last.codes, last.scales, last.biases)),
-        x,
-        out,
-        *(rest[name] if grouped else NULL for name in ("tiles", "tile_count", "order")),
-        np.int32(rest.get("top_k", 1)),
-        np.int32(rest.get("rows", 0)),
-        np.int32(first.rows),
-        np.int32(first.depth),
+        *(x, out, *where, np.int32(first.rows), np.int32(first.depth)),
     )
-    grid = (ceil_div(first.rows, block.columns // len(parts)), grid_y, 1)
+    grid = (ceil_div(first.rows, block.columns // len(parts)), tiles, 1)
     return Launch(kernel, grid, (block.threads, 1, 1), arguments)
 
 
@@ -103,7 +84,7 @@ class Mlp:
 
     def __init__(self, device: Device, weights: MlpWeights, x: Addressed, hidden: Addressed, out: Addressed) -> None:
         self._device, self._weights, self._x, self._hidden, self._out = device, weights, x, hidden, out
-        self._blocks = [block for block in (WIDE, GROUPED, LOW) if _widest(weights, block) <= MOST_SHARED]
+        self._blocks = [block for block in (SQUARE, LOW) if _widest(weights, block) <= MOST_SHARED]
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -125,7 +106,7 @@ class Mlp:
         ):
             columns = [part.rows for part in parts]
             block = choose_block(self._blocks, columns, tokens, self._device.multiprocessors)
-            launches.append(_product(block, modules, parts, x, out, ceil_div(tokens, block.tokens), rows=tokens))
+            launches.append(_product(block, modules, parts, x, out, tokens))
         return launches
 
 
@@ -154,7 +135,7 @@ class MoeScratch:
 
 def most_tiles(pairs: int, experts: int) -> int:
     """The most tiles that so many pairs over so many experts can make."""
-    return min(pairs, experts + pairs // GROUPED.tokens)
+    return min(pairs, experts + pairs // LOW.tokens)
 
 
 class Moe:
@@ -179,19 +160,19 @@ class Moe:
         self._gates = Linear(device, x, outputs)
         self._gated = shared_gate is not None
         self._shared = None if shared is None else Mlp(device, shared, x, scratch.shared_hidden, scratch.shared)
-        self._around = Source("prefill_moe.cu", (f"EXPERTS {spec.router.out_dim}", f"BM {GROUPED.tokens}"))
+        self._around = Source("prefill_moe.cu", (f"EXPERTS {spec.router.out_dim}", f"BM {LOW.tokens}"))
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """What must be compiled."""
         shared = () if self._shared is None else self._shared.sources
-        gated = _source(_grouped(self._experts.gate.format), self._experts.gate.format, gated=True)
+        gated = _source(LOW, self._experts.gate.format, gated=True)
         return (
             *self._gates.sources,
             *shared,
             self._around,
             gated,
-            _source(GROUPED, self._experts.down.format, gated=False),
+            _source(LOW, self._experts.down.format, gated=False),
         )
 
     def launches(self, modules: Modules, tokens: int) -> list[Launch]:
@@ -206,12 +187,7 @@ class Moe:
         scan = (scratch.experts, scratch.places, scratch.tiles, scratch.tile_count, np.int32(pairs))
         scatter = (scratch.experts, scratch.places, scratch.order, scratch.row_of, np.int32(pairs))
         most = most_tiles(pairs, spec.router.out_dim)
-        tiles: dict[str, Addressed | int] = {
-            "tiles": scratch.tiles,
-            "tile_count": scratch.tile_count,
-            "order": scratch.order,
-            "top_k": spec.top_k,
-        }
+        grouping = _Grouping(scratch.tiles, scratch.tile_count, scratch.order, spec.top_k, most)
         shared = self._shared is not None
         combine = (
             scratch.results,
@@ -228,18 +204,8 @@ class Moe:
             Launch(around("prefill_route"), (ceil_div(tokens, 4), 1, 1), (128, 1, 1), route),
             Launch(around("prefill_scan"), (1, 1, 1), (1024, 1, 1), scan),
             Launch(around("prefill_scatter"), (ceil_div(pairs, 256), 1, 1), (256, 1, 1), scatter),
-            _product(
-                _grouped(experts.gate.format),
-                modules,
-                (experts.gate, experts.up),
-                self._x,
-                scratch.hidden,
-                most,
-                **tiles,
-            ),
-            _product(
-                _grouped(experts.down.format), modules, (experts.down,), scratch.hidden, scratch.results, most, **tiles
-            ),
+            _product(LOW, modules, (experts.gate, experts.up), self._x, scratch.hidden, grouping),
+            _product(LOW, modules, (experts.down,), scratch.hidden, scratch.results, grouping),
             *([] if self._shared is None else self._shared.launches(modules, tokens)),
             Launch(around("prefill_combine"), (tokens, 1, 1), (256, 1, 1), combine),
         ]

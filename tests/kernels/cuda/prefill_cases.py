@@ -280,7 +280,7 @@ def delta_case(
         places = [Columns(x, int(start), int(starts[-1])) for start in starts[:-1]]
     else:
         places = [Columns(x, int(start) * key_heads, width) for start, width in zip(starts, widths, strict=False)]
-    builder.gated_delta(*places, spec)
+    builder.gated_delta(places[0], places[1], places[2], places[3], places[4], places[5], spec)
     node = run_node(builder, ops.GatedDelta)
     cache_config = CacheConfig(blocks=200, block_size=64, state_slots=6)
     sequences, reference = Sequences(cache_config, count=4), StatePool.zeros(spec, cache_config)
@@ -297,17 +297,14 @@ def delta_case(
         values = rounded(tensors.values(tokens, row))
         on_device, out = rig.put(values), rig.room(tokens, value_heads * value_dim)
         tables, plan = rig.tables(batch)
-        layer = prefill_delta.PrefillDelta(
-            node,
-            prefill_delta.DeltaPlaces(*[on_device] * 6, *parameters, conv, memory, out),
-            scratch,
-            tables,
-            conv_dtype,
-        )
+        at: dict[str, Any] = dict.fromkeys(("q", "k", "v", "z", "b", "a"), on_device)
+        at |= dict(zip(("taps", "rate", "dt_bias", "norm"), parameters, strict=True))
+        where = prefill_delta.DeltaPlaces(**at, conv=conv, memory=memory, out=out)
+        layer = prefill_delta.PrefillDelta(node, where, scratch, tables, conv_dtype)
         rig.run(layer.launches(rig.load(layer.sources), plan.size))
         parts = [
-            heads_of(where, {x: values}, key_heads, width).reshape(tokens, -1, last)
-            for where, width, last in zip(places, widths, (key_dim, key_dim, value_dim, value_dim, 1, 1), strict=True)
+            heads_of(place, {x: values}, key_heads, width).reshape(tokens, -1, last)
+            for place, width, last in zip(places, widths, (key_dim, key_dim, value_dim, value_dim, 1, 1), strict=True)
         ]
         q, k, v, z = parts[:4]
         b, a = (part.reshape(tokens, value_heads) for part in parts[4:])
@@ -373,16 +370,17 @@ def attention_case(rig: Rig, heads: tuple[int, int], dim: int, steps: Sequence[d
         on_device, out = rig.put(values), rig.room(tokens, heads_q * dim)
         tables, plan = rig.tables(batch)
         places = prefill_attention.AttentionPlaces(
-            on_device,
-            on_device,
-            on_device,
-            on_device if gated else None,
-            *norm_weights,
-            inv_freq,
-            keys,
-            values_pool,
-            rig.room(tokens, heads_q * dim),
-            out,
+            q=on_device,
+            k=on_device,
+            v=on_device,
+            gate=on_device if gated else None,
+            q_norm=norm_weights[0],
+            k_norm=norm_weights[1],
+            inv_freq=inv_freq,
+            keys=keys,
+            values=values_pool,
+            queries=rig.room(tokens, heads_q * dim),
+            out=out,
         )
         layer = prefill_attention.PrefillAttention(node, block_size, places, tables)
         rig.run(layer.launches(rig.load(layer.sources), plan.size))
@@ -433,10 +431,11 @@ def rows_cases() -> Iterator[tuple[str, Callable[[Rig], float]]]:
     """Row by row."""
     for rows, dim in ((9, 2048), (33, 72), (5, 5120)):
         for add in (True, False):
-            yield (
-                f"norm {rows} x {dim}{' of a sum' if add else ''}",
-                lambda rig, rows=rows, dim=dim, add=add: norm_case(rig, rows, dim, add=add),
-            )
+
+            def one(rig: Rig, rows: int = rows, dim: int = dim, add: bool = add) -> float:
+                return norm_case(rig, rows, dim, add=add)
+
+            yield f"norm {rows} x {dim}{' of a sum' if add else ''}", one
     yield "select", select_case
 
 

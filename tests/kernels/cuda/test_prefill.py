@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mixbit.kernels.cuda.driver import unavailable
-from mixbit.kernels.cuda.prefill import CHUNK, GROUPED, LOW, QUERIES, SQUARE, WIDE, Plan
+from mixbit.kernels.cuda.prefill import CHUNK, LOW, QUERIES, SQUARE, Plan
 from mixbit.kernels.cuda.prefill_linear import choose_block
 from mixbit.kernels.cuda.prefill_moe import most_tiles
 from mixbit.kernels.executor import CacheConfig
@@ -55,11 +55,11 @@ def test_most_tiles_is_enough_for_the_worst_split() -> None:
     for experts, pairs in ((8, 900), (512, 20480), (512, 90), (1, 64)):
         counts = np.ones(experts, int) if pairs >= experts else np.array([1] * pairs + [0] * (experts - pairs))
         counts[0] += pairs - counts.sum()
-        assert sum(-(-counts // GROUPED.tokens)) <= most_tiles(pairs, experts)
+        assert sum(-(-counts // LOW.tokens)) <= most_tiles(pairs, experts)
 
 
 def test_small_products_take_small_blocks() -> None:
-    blocks = (WIDE, SQUARE, LOW)
-    assert choose_block(blocks, [12288], 2048, 132) is WIDE
-    assert choose_block(blocks, [2048], 2048, 132) is SQUARE
-    assert choose_block(blocks, [512], 16, 132) is LOW
+    assert choose_block((SQUARE, LOW), [2048], 2048, 132) is SQUARE
+    assert choose_block((SQUARE, LOW), [12288], 300, 132) is SQUARE
+    assert choose_block((SQUARE, LOW), [512], 2048, 132) is LOW
+    assert choose_block((SQUARE, LOW), [12288], 16, 132) is LOW
