@@ -19,7 +19,7 @@ def cases() -> dict[str, tuple[ops.Program, list[int]]]:
         from mixbit.kernels.cpu import _cpu  # noqa: F401
     except ImportError:  # a GPU machine where only MLX is installed: the tests want the native module's name
         sys.modules["mixbit.kernels.cpu._cpu"] = MagicMock()
-    from tests.kernels import test_attention, test_gated_delta
+    from tests.kernels import test_attention, test_executor, test_gated_delta
     from tests.kernels.builders import Tensors, program_of
 
     t, made = Tensors(7), {}
@@ -35,6 +35,7 @@ def cases() -> dict[str, tuple[ops.Program, list[int]]]:
         made[f"gated delta, {name}"] = (test_gated_delta.layer(name), [5, 1, 1, 1])
     for name in ("plain", "partial-rope", "normed", "gated"):
         made[f"attention, {name}"] = (test_attention.layer(test_attention.SHAPES[name]), [5, 1, 1, 1])
+    made["a whole model"] = (test_executor.PROGRAM, [20, 1, 1, 9, 1])
     return made
 
 

@@ -47,14 +47,14 @@ def build(config: EngineConfig, progress: Progress) -> BuiltEngine:
     """Load the model at config.model. Raises one of LOAD_ERRORS, with a message for people."""
     start = time.perf_counter()
     config.check()
-    choice = choose(config.device)
+    choice = choose(config.device, config.kernels)
     path = Path(config.model)
     tokenizer = load_tokenizer(path)
     model = load(path, top_k_experts=config.top_k_experts, progress=progress)
     for warning in model.warnings:
         log.warning("%s", warning)
     context_length = _context_length(config, model.context_length)
-    cache = cache_config(model.program, config, context_length, model.weight_bytes)
+    cache = cache_config(model.program, config, context_length, model.weight_bytes, choice.backend)
     if config.context_length is None and cache.blocks * cache.block_size < context_length:
         # A prompt that does not fit is then too long, which clients know how to answer: they shorten it.
         context_length = cache.blocks * cache.block_size

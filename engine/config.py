@@ -9,6 +9,7 @@ import msgspec
 from mixbit.engine.errors import UserError
 from mixbit.engine.logs import LogFormat
 
+KERNELS = ("auto", "stock")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -20,6 +21,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the worker must know, validated once by `check`.
 
     model: path of a checkpoint directory. device: a name from the kernels' registry, or "auto".
+    kernels: "auto" for this project's where they apply, "stock" for MLX's own operations on GPUs.
     threads: CPU threads, 0 for one a core. context_length: tokens, None for the model's own.
     max_running: sequences in a batch. max_queue: requests waiting beyond that. step_tokens: rows of the
     largest batch, so also the prefill chunk. cache_bytes: bytes for KV and states, None for a share of
@@ -31,6 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     device: str = "auto"
+    kernels: str = "auto"
     threads: int = 0
     context_length: int | None = None
     max_running: int = 16
@@ -65,6 +68,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"{name} is {value}; it must be at least {low}")
         if self.dtype not in (None, *_DTYPES):
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(_DTYPES)}")
+        if self.kernels not in KERNELS:
+            raise ConfigError(f"kernels is {self.kernels!r}; it must be one of {', '.join(KERNELS)}")
         if self.step_tokens < self.max_running:
             raise ConfigError(
                 f"step_tokens is {self.step_tokens}, below max_running {self.max_running}: "

@@ -37,7 +37,7 @@ _FEATURES = {
     "bf16": "BF16",
     "sve": "SVE",
 }
-_PACKAGES = ("mlx", "mlx-lm", "numpy", "tokenizers", "transformers", "huggingface-hub")
+_PACKAGES = ("mlx", "cuda-bindings", "mlx-lm", "numpy", "tokenizers", "transformers", "huggingface-hub")
 _NATIVE_MODULE = "mixbit.kernels.cpu._cpu"
 
 

@@ -9,6 +9,7 @@ import psutil
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.errors import UserError
 from mixbit.kernels.executor import CacheConfig
+from mixbit.kernels.memory import OwnMemory
 from mixbit.kernels.ops import Program
 
 USEFUL_LENGTH = 256  # tokens: a cache too small for one sequence of this length is refused
@@ -47,20 +48,30 @@ def available_memory(cgroup: Path = _CGROUP) -> int:
     return max(0, min(available, limit - used + reclaimable))
 
 
-def cache_config(program: Program, config: EngineConfig, context_length: int, weight_bytes: int) -> CacheConfig:
+def cache_config(
+    program: Program, config: EngineConfig, context_length: int, weight_bytes: int, backend: object = None
+) -> CacheConfig:
     """Blocks for every running sequence at full length, or as many as the memory allows: both those in use
     and those kept for later prompts. Models with recurrent layers get further state slots for checkpoints, in
     at most half of what one useful sequence leaves.
 
     Without config.cache_bytes half of what the weights will leave free is used; weights larger than memory
     are read again and again from disk, and leave an eighth. Values count as float32, unless a narrower
-    dtype is asked for. Raises CacheError if not even one sequence of a useful length fits.
+    dtype is asked for. A `backend` with memory of its own says how much there is and how wide values are; there the
+    weights must fit. Raises CacheError if they do not, or not even one sequence of a useful length does.
     """
-    available = available_memory()
+    available, width = available_memory(), 2 if config.dtype in {"float16", "bfloat16"} else 4
+    if isinstance(backend, OwnMemory):
+        available, width = backend.free_memory(), backend.value_bytes(config.dtype)
+        if weight_bytes > available:
+            raise CacheError(
+                f"the model's weights ({_megabytes(weight_bytes)}) do not fit in the {_megabytes(available)} that are "
+                "free on the device; free some, or choose another with --device"
+            )
     budget = config.cache_bytes or max(available - weight_bytes, available // 8) // 2
     slot = slot_bytes(program)
     states = slot * config.max_running
-    each = block_bytes(program, config.block_size, 2 if config.dtype in {"float16", "bfloat16"} else 4)
+    each = block_bytes(program, config.block_size, width)
     useful = min(context_length, USEFUL_LENGTH)
     wanted = config.max_running * _blocks(context_length, config.block_size)
     least = _blocks(useful, config.block_size)

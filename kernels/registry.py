@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mixbit.kernels.cpu.backend import CpuBackend
+from mixbit.kernels.cuda.backend import CudaBackend
 from mixbit.kernels.executor import Backend, BackendError
 from mixbit.kernels.mlx.backend import MlxBackend
 from mixbit.kernels.reference.backend import ReferenceBackend
 
-__all__ = ["DEVICES", "BackendError", "Choice", "availability", "choose"]
+__all__ = ["DEVICES", "KERNELS", "BackendError", "Choice", "availability", "choose"]
 
 # In order of preference. The reference is never chosen by itself: it is the slow definition.
-_BACKENDS: tuple[Backend, ...] = (MlxBackend("metal"), MlxBackend("cuda"), CpuBackend())
+_BACKENDS: tuple[Backend, ...] = (MlxBackend("metal", own_kernels=True), CudaBackend(), CpuBackend())
 _ONLY_BY_NAME: tuple[Backend, ...] = (MlxBackend("mlx-cpu"), ReferenceBackend())
+_STOCK: Mapping[str, Backend] = {name: MlxBackend(name) for name in ("metal", "cuda")}
+
+KERNELS = ("auto", "stock")
+"""Which kernels a GPU runs: this project's where they apply, or MLX's own operations alone."""
 
 DEVICES = ("auto", *(backend.name for backend in _BACKENDS + _ONLY_BY_NAME))
 
@@ -30,20 +36,22 @@ class Choice:
         return "; ".join([*reasons, f"using {self.backend.name}: {self.backend.describe()}"])
 
 
-def choose(device: str = "auto") -> Choice:
-    """The first backend that this machine can run, or the one asked for.
+def choose(device: str = "auto", kernels: str = "auto") -> Choice:
+    """The first backend that this machine can run, or the one asked for. kernels: one of KERNELS.
 
     Raises BackendError if `device` is unknown or not available here.
     """
+    stock = _STOCK if kernels == "stock" else {}
+    backends = tuple(stock.get(backend.name, backend) for backend in _BACKENDS)
     if device == "auto":
         rejected: list[tuple[str, str]] = []
-        for backend in _BACKENDS:
+        for backend in backends:
             reason = backend.unavailable()
             if reason is None:
                 return Choice(backend, tuple(rejected))
             rejected.append((backend.name, reason))
         raise BackendError("no backend can run here: " + "; ".join(f"{n}: {why}" for n, why in rejected))
-    for backend in _BACKENDS + _ONLY_BY_NAME:
+    for backend in backends + _ONLY_BY_NAME:
         if backend.name == device:
             reason = backend.unavailable()
             if reason is not None:

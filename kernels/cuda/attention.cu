@@ -40,7 +40,9 @@ attention_write(Columns q, Columns k, Columns v, const float* q_weight, const fl
       if (at < 2 * HALF) {
         const float angle = position * inv_freq[at % HALF];
         const float other = at < HALF ? -row[at + HALF] : row[at - HALF];
-        x[i] = (x[i] * cosf(angle) + other * sinf(angle)) * rope_scale;
+        // The functions of the hardware are right near zero alone.
+        const float turn = (float)(angle - 6.283185307179586 * rint(angle * 0.15915494309189535));
+        x[i] = (x[i] * __cosf(turn) + other * __sinf(turn)) * rope_scale;
       }
     }
   }

@@ -37,7 +37,17 @@ class CudaBackend:
         from mixbit.kernels.cuda.driver import Device
 
         device = Device()
-        return f"{device.name}, {device.arch}, {device.free_memory / 1e9:,.1f} GB free"
+        return f"{device.name}, {device.free_memory / 1e9:,.1f} GB free, own kernels"
+
+    def free_memory(self) -> int:
+        """Bytes of the device that can be allocated now."""
+        from mixbit.kernels.cuda.driver import Device
+
+        return Device().free_memory
+
+    def value_bytes(self, dtype: str | None) -> int:
+        """Bytes of a cached key or value."""
+        return 4 if dtype == "float32" else 2
 
     def compile(self, program: ops.Program, cache: CacheConfig, options: ExecutorOptions) -> CudaExecutor:
         """Upload the weights, allocate the pools and compile the kernels (once: machine code is kept on disk)."""

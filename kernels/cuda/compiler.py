@@ -10,6 +10,7 @@ finds files of kernels/cuda, `#include <cuda_bf16.h>` those of the CUDA headers.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 import sys
@@ -117,7 +118,7 @@ _OPTIONS = (
 
 def compile_text(text: str, name: str, arch: str) -> bytes:
     """Machine code of CUDA C++ `text`. Raises BackendError with the compiler's log."""
-    from cuda.bindings import nvrtc
+    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
 
     options = [f"--gpu-architecture={arch}", *_OPTIONS, *(f"-I{path}" for path in include_directories())]
     program = _nvrtc("nvrtcCreateProgram", text.encode(), name.encode(), 0, [], [])
@@ -127,7 +128,7 @@ def compile_text(text: str, name: str, arch: str) -> bytes:
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = bytearray(_nvrtc("nvrtcGetProgramLogSize", program))
             _nvrtc("nvrtcGetProgramLog", program, log)
-            raise BackendError(f"{name} does not compile for {arch}:\n{log.decode(errors='replace')}")
+            raise BackendError(f"{name} does not compile for {arch}:\n{log.decode(errors='replace').rstrip(chr(0))}")
         code = bytearray(_nvrtc("nvrtcGetCUBINSize", program))
         _nvrtc("nvrtcGetCUBIN", program, code)
         return bytes(code)
@@ -142,7 +143,7 @@ def _nvrtc_version() -> tuple[int, int]:
 
 
 def _nvrtc(name: str, *arguments: Any) -> Any:
-    from cuda.bindings import nvrtc
+    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
 
     status, *results = getattr(nvrtc, name)(*arguments)
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:

@@ -16,6 +16,7 @@ types are those of the kernel's parameters. They are fixed when the Launch is ma
 from __future__ import annotations
 
 import ctypes
+import importlib
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,9 +35,14 @@ class DriverError(BackendError):
     """A call of the CUDA driver failed; the message names the call and the driver's reason."""
 
 
+def _driver() -> Any:
+    """The driver's functions, from cuda-bindings, which is optional."""
+    return importlib.import_module("cuda.bindings.driver")
+
+
 def _call(name: str, *arguments: Any) -> Any:
     """The results of a driver function: None, one, or a tuple."""
-    from cuda.bindings import driver
+    driver = _driver()
 
     status, *results = getattr(driver, name)(*arguments)
     if status != driver.CUresult.CUDA_SUCCESS:
@@ -48,7 +54,7 @@ def _call(name: str, *arguments: Any) -> Any:
 def unavailable() -> str | None:
     """None if there is a driver with a device, else what is missing."""
     try:
-        from cuda.bindings import driver  # noqa: F401
+        _driver()
     except ImportError:
         return "cuda-bindings is not installed (pip install 'mixbit[cuda]')"
     try:
@@ -123,7 +129,7 @@ class Buffer:
 
 
 def _free(pointer: Any) -> None:
-    from cuda.bindings import driver
+    driver = _driver()
 
     driver.cuMemFree(pointer)
 
@@ -161,7 +167,7 @@ class Module:
 
     def function(self, name: str, shared: int = 0) -> Function:
         """The extern "C" kernel `name`, launched with `shared` bytes of dynamic shared memory."""
-        from cuda.bindings import driver
+        driver = _driver()
 
         handle = _call("cuModuleGetFunction", self.handle, name.encode())
         if shared > 48 << 10:
@@ -180,7 +186,7 @@ class Launch:
     def __init__(
         self, kernel: Function, grid: Size, block: Size, arguments: Sequence[Argument], *, early: bool = False
     ) -> None:
-        from cuda.bindings import driver
+        driver = _driver()
 
         self.kernel, self.grid, self.block = kernel, grid, block
         self._kept = tuple(arguments)
@@ -231,7 +237,7 @@ class Device:
         _call("cuCtxSetCurrent", self._context)
 
     def _attribute(self, name: str) -> int:
-        from cuda.bindings import driver
+        driver = _driver()
 
         code = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
         return int(_call("cuDeviceGetAttribute", code, self._device))
@@ -289,7 +295,7 @@ class Device:
         address = kept.pop() if kept else int(_call("cuMemHostAlloc", size, 0))
         memory = (ctypes.c_char * size).from_address(address)
         weakref.finalize(memory, kept.append, address).atexit = False
-        return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
+        return np.ndarray(shape, dtype, memoryview(memory))
 
     def send(self, target: Addressed, array: npt.NDArray[Any]) -> None:
         """Enqueue a copy from a pinned array, which must not change before it is done."""
@@ -305,7 +311,7 @@ class Device:
 
     def capture(self, launches: Sequence[Launch]) -> Graph:
         """The launches as one graph."""
-        from cuda.bindings import driver
+        driver = _driver()
 
         _call("cuStreamBeginCapture", self.stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         self.launch(*launches)

@@ -3,7 +3,7 @@
 // Hidden activations silu(gate x) * (up x) of the chosen experts, hidden [rows * TOP_K, HIDDEN], and WITH_SHARED of
 // the expert that every row goes through, shared_hidden [rows, SHARED_HIDDEN]. Blocks: x counts the pairs of a row
 // and a choice, then eights of rows for the shared expert; y counts sixteen rows of the matrices. Neighbouring blocks
-// share rows of an expert, which so come from memory once. WITH_NORM x is normed as in matvec.cu. TOP_K 0: only the shared one, a plain feed-forward.
+// share rows of an expert, which so come from memory once. ONE_FORMAT: all are stored alike. WITH_NORM x is normed as in matvec.cu. TOP_K 0: only the shared one, a plain feed-forward.
 
 struct Operands {
   const void *gate, *gate_scales, *gate_biases, *up, *up_scales, *up_biases;
@@ -12,8 +12,8 @@ struct Operands {
 constexpr int THREADS = WARPS * 32;
 
 template <int GB, int GG, int GGS, typename GS, int UB, int UG, int UGS,
-          typename US, int OUT>
-DEVICE void hidden_tile(const Operands& m, ulong expert, bool waited, const T* x, const T* norm_weight, float eps,
+          typename US>
+DEVICE void hidden_tile(const Operands& m, int OUT, ulong expert, bool waited, const T* x, const T* norm_weight, float eps,
                         int columns, T* out, float (*partial)[2][4][32], float (*squares)[8]) {
   constexpr int GATE_COUNT = (GGS + WARPS - 1) / WARPS, UP_COUNT = (UGS + WARPS - 1) / WARPS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
@@ -76,28 +76,35 @@ DEVICE void hidden_tile(const Operands& m, ulong expert, bool waited, const T* x
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, THREADS <= 256 ? 768 / THREADS : 1)
-experts_hidden(const T* x, const T* norm_weight, float eps, const int* experts, Operands routed, Operands shared, T* hidden, T* shared_hidden, int rows) {
+experts_hidden(const T* x, const T* norm_weight, float eps, const int* experts, const __grid_constant__ Operands routed,
+               const __grid_constant__ Operands shared, T* hidden, T* shared_hidden, int rows) {
   __shared__ float partial[WARPS][2][4][32], squares[WARPS][8];
   let_next_start();
-  const int pairs = rows * TOP_K, job = blockIdx.x;
-#if TOP_K > 0
-  if (job < pairs) {
-    wait_for_inputs();
-    if (blockIdx.y * 16 < HIDDEN)
-      hidden_tile<GATE_BITS, GATE_GROUP, GATE_GROUPS, GATE_SCALE, UP_BITS, UP_GROUP, UP_GROUPS, UP_SCALE, HIDDEN>(
-          routed, experts[job], true, x + (long long)(job / TOP_K) * DIM, norm_weight, eps, 1,
-          hidden + (long long)job * HIDDEN, partial, squares);
-    return;
-  }
+  const int pairs = rows * TOP_K, job = blockIdx.x, first = (job - pairs) * 8;
+  const bool chosen = job < pairs;
+  const int out_dim = chosen ? HIDDEN : SHARED_HIDDEN;
+  if (chosen || blockIdx.y * 16 >= out_dim) wait_for_inputs();
+  if (blockIdx.y * 16 >= out_dim) return;
+  const ulong expert = chosen ? experts[job] : 0;
+  const T* input = x + (long long)(chosen ? job / max(1, TOP_K) : first) * DIM;
+  const int columns = chosen ? 1 : min(8, rows - first);
+  T* out = chosen ? hidden + (long long)job * HIDDEN : shared_hidden + (long long)first * SHARED_HIDDEN;
+#ifdef ROUTED
+#ifndef ONE_FORMAT
+  if (chosen)
 #endif
-#ifdef WITH_SHARED
-  const int first = (job - pairs) * 8;
-  if (blockIdx.y * 16 < SHARED_HIDDEN)
+    hidden_tile<GATE_BITS, GATE_GROUP, GATE_GROUPS, GATE_SCALE, UP_BITS, UP_GROUP, UP_GROUPS, UP_SCALE>(
+#ifdef ONE_FORMAT
+        chosen ? routed : shared,
+#else
+        routed,
+#endif
+        out_dim, expert, chosen, input, norm_weight, eps, columns, out, partial, squares);
+#endif
+#if defined(WITH_SHARED) && !defined(ONE_FORMAT)
+  if (!chosen)
     hidden_tile<SHARED_GATE_BITS, SHARED_GATE_GROUP, SHARED_GATE_GROUPS, SHARED_GATE_SCALE, SHARED_UP_BITS,
-                SHARED_UP_GROUP, SHARED_UP_GROUPS, SHARED_UP_SCALE, SHARED_HIDDEN>(
-        shared, 0, false, x + (long long)first * DIM, norm_weight, eps, min(8, rows - first),
-        shared_hidden + (long long)first * SHARED_HIDDEN, partial, squares);
-  else
-    wait_for_inputs();
+                SHARED_UP_GROUP, SHARED_UP_GROUPS, SHARED_UP_SCALE>(shared, out_dim, expert, false, input, norm_weight,
+                                                                    eps, columns, out, partial, squares);
 #endif
 }

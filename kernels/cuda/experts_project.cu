@@ -2,7 +2,7 @@
 
 // out[row] = sum over the chosen experts of weight * (down h), WITH_SHARED plus the shared expert's, times
 // sigmoid(shared_logit) WITH_SHARED_LOGIT, WITH_RESIDUAL plus residual. Blocks: x counts rows of activations, y
-// sixteen rows of the matrices; each warp takes whole experts. TOP_K 0: only the shared one, a plain feed-forward.
+// sixteen rows of the matrices; each warp takes experts, or SPLIT parts of them. ONE_FORMAT: all are stored alike.
 
 struct Operands {
   const void *codes, *scales, *biases;
@@ -35,7 +35,8 @@ DEVICE void project(const Operands& m, ulong expert, const T* h, float weight, i
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 experts_project(const T* hidden, const T* shared_hidden, const int* experts, const float* weights,
-                const float* shared_logit, const T* residual, Operands routed, Operands shared, T* out) {
+                const float* shared_logit, const T* residual, const __grid_constant__ Operands routed,
+                const __grid_constant__ Operands shared, T* out) {
   __shared__ float partial[WARPS][16];
   let_next_start();
   wait_for_inputs();
@@ -44,21 +45,22 @@ experts_project(const T* hidden, const T* shared_hidden, const int* experts, con
   float sums[1][4] = {};
   for (int unit = warp; unit < JOBS * SPLIT; unit += WARPS) {
     const int job = unit / SPLIT, part = unit % SPLIT;
-#if TOP_K > 0
-    if (job < TOP_K) {
-      const long long pair = token * TOP_K + job;
-      project<DOWN_BITS, DOWN_GROUP, DOWN_GROUPS, DOWN_SCALE, HIDDEN>(routed, experts[pair], hidden + pair * HIDDEN,
-                                                                      weights[pair], part, SPLIT, lane, sums);
-      continue;
-    }
-#endif
-#ifdef WITH_SHARED
-    float weight = 1;
+    const bool chosen = job < TOP_K;
+    const long long pair = token * TOP_K + job;
+    float weight = chosen ? weights[pair] : 1;
 #ifdef WITH_SHARED_LOGIT
-    weight = sigmoid(shared_logit[token]);
+    if (!chosen) weight = sigmoid(shared_logit[token]);
 #endif
-    project<SHARED_DOWN_BITS, SHARED_DOWN_GROUP, SHARED_DOWN_GROUPS, SHARED_DOWN_SCALE, SHARED_HIDDEN>(
-        shared, 0, shared_hidden + token * SHARED_HIDDEN, weight, part, SPLIT, lane, sums);
+#ifndef ONE_FORMAT
+    if (chosen)
+#endif
+      project<DOWN_BITS, DOWN_GROUP, DOWN_GROUPS, DOWN_SCALE, HIDDEN>(
+          chosen ? routed : shared, chosen ? experts[pair] : 0,
+          chosen ? hidden + pair * HIDDEN : shared_hidden + token * HIDDEN, weight, part, SPLIT, lane, sums);
+#if defined(WITH_SHARED) && !defined(ONE_FORMAT)
+    else
+      project<SHARED_DOWN_BITS, SHARED_DOWN_GROUP, SHARED_DOWN_GROUPS, SHARED_DOWN_SCALE, SHARED_HIDDEN>(
+          shared, 0, shared_hidden + token * SHARED_HIDDEN, weight, part, SPLIT, lane, sums);
 #endif
   }
   if (lane % 4 == 0) partial[warp][lane / 4] = sums[0][0], partial[warp][lane / 4 + 8] = sums[0][2];

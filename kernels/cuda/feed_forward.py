@@ -30,6 +30,12 @@ class MoeWeights:
     shared_gate: Weights | None
 
 
+def _alike(*pairs: Weights) -> bool:
+    """Whether the first of each two is stored as the second."""
+    forms = [format_defines("", weights) for weights in pairs]
+    return forms[::2] == forms[1::2]
+
+
 def _hidden(
     kind: Kind,
     x: Addressed,
@@ -46,14 +52,14 @@ def _hidden(
     assert some is not None
     warps = kind.warps(some.gate.depth)
     defines = [*kind.defines, f"DIM {some.gate.depth}", f"WARPS {warps}", f"TOP_K {top_k}"]
+    if routed is not None and shared is not None and _alike(routed.gate, shared.gate, routed.up, shared.up):
+        defines.append("ONE_FORMAT")
+    for name, part in (("HIDDEN", routed), ("SHARED_HIDDEN", shared)):
+        defines.append(f"{name} {0 if part is None else part.gate.rows}")
     if routed is not None:
-        defines += [
-            f"HIDDEN {routed.gate.rows}",
-            *format_defines("GATE", routed.gate),
-            *format_defines("UP", routed.up),
-        ]
+        defines += ["ROUTED", *format_defines("GATE", routed.gate), *format_defines("UP", routed.up)]
     if shared is not None:
-        defines += ["WITH_SHARED", f"SHARED_HIDDEN {shared.gate.rows}"]
+        defines.append("WITH_SHARED")
         defines += [*format_defines("SHARED_GATE", shared.gate), *format_defines("SHARED_UP", shared.up)]
     parts = [NULL.item()] * 6 if routed is None else [*addresses(routed.gate), *addresses(routed.up)]
     shared_parts = [NULL.item()] * 6 if shared is None else [*addresses(shared.gate), *addresses(shared.up)]
@@ -135,6 +141,8 @@ def _project(
     if shared is not None:
         defines += ["WITH_SHARED", f"SHARED_HIDDEN {shared.down.depth}", *format_defines("SHARED_DOWN", shared.down)]
         parts = list(addresses(shared.down))
+    if shared is None or (_alike(down, shared.down) and down.depth == shared.down.depth):
+        defines.append("ONE_FORMAT")
     if weights.shared_gate is not None:
         defines.append("WITH_SHARED_LOGIT")
     if residual is not None:

@@ -14,8 +14,7 @@ from mixbit.kernels.cuda.prefill import Weights
 from mixbit.kernels.cuda.step import as_struct
 
 _MOST_WARPS = 16
-_RESIDENT = 2  # blocks of a multiprocessor at a time
-_SHARED = 40 << 10  # bytes that a block may have for its sums
+_SHARED = 36 << 10  # bytes that a block may have for its sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +58,16 @@ class Kind:
         """Macros of base.cuh."""
         return ("FLOAT32",) if self.dtype == "float32" else ()
 
-    @property
-    def depth(self) -> int:
-        """Columns that a warp holds at once: a float32 value takes three registers where a bfloat16 takes one."""
-        return 128 if self.dtype == "float32" else 256
+    def depth(self, columns: int = 1) -> int:
+        """Columns of a matrix that a warp holds at once, beside `columns` eights of activations.
 
-    def warps(self, depth: int) -> int:
+        A float32 activation takes three registers where a bfloat16 takes one.
+        """
+        return 128 if self.dtype == "float32" or columns > 1 else 256
+
+    def warps(self, depth: int, columns: int = 1) -> int:
         """Warps that share the columns of a matrix."""
-        return min(_MOST_WARPS, ceil_div(depth, self.depth))
+        return min(_MOST_WARPS, ceil_div(depth, self.depth(columns)))
 
 
 def linear(
@@ -82,27 +83,34 @@ def linear(
     """One launch of matvec.cu."""
     columns = 1 if rows <= 8 else 2
     depth = outputs[0].weights.depth
-    warps = kind.warps(depth)
-    most = max(1, _SHARED // (warps * columns * 4 * 32 * 4))
+    warps = kind.warps(depth, columns)
+    resident = max(1, _MOST_WARPS // warps)  # blocks of a multiprocessor at a time
     sixteens = [ceil_div(output.weights.rows, 16) for output in outputs]
-    wanted = max(1, round(sum(sixteens) / (kind.multiprocessors * _RESIDENT)))
-    tiles = [min(4, most, wanted, count) for count in sixteens]
-    blocks = [ceil_div(count, tile) for count, tile in zip(sixteens, tiles, strict=True)]
-    matrices = []
-    for i, (output, tile, count) in enumerate(zip(outputs, tiles, blocks, strict=True)):
+    each = max(1, round(sum(sixteens) / (kind.multiprocessors * resident)))  # tiles of a block
+    tiles = min(each, 4, max(1, _SHARED // (warps * columns * 4 * 32 * 4)))
+    chunks = ceil_div(each, tiles)
+    formats: list[str] = []
+    matrices: list[int] = []
+    blocks = 0
+    for output, count in zip(outputs, sixteens, strict=True):
         weights, group = output.weights, group_of(output.weights)
         scale, out = SCALES[weights.format.dtype], "float" if output.exact else "T"
-        sizes = (i, weights.format.bits, group, padded(weights) // group, weights.rows, count, tile, scale, out)
-        matrices.append(f"F({', '.join(map(str, sizes))})")
+        form = f"{weights.format.bits}, {group}, {padded(weights) // group}, {scale}, {out}"
+        if form not in formats:
+            formats.append(form)
+        matrices += [*addresses(weights), address(output.bias), output.out.address]
+        matrices += [weights.rows, blocks, formats.index(form), 0]
+        blocks += ceil_div(count, tiles * chunks)
     defines = [
         *kind.defines,
         f"DIM {depth}",
         f"WARPS {warps}",
         f"COLUMNS {columns}",
-        f"MOST_DEPTH {kind.depth}",
+        f"MOST_DEPTH {kind.depth(columns)}",
         f"MATRIX_COUNT {len(outputs)}",
-        f"MOST_TILES {max(tiles)}",
-        f"MATRICES(F) {' '.join(matrices)}",
+        f"TILES {tiles}",
+        f"CHUNKS {chunks}",
+        f"FORMATS(F) {' '.join(f'F({i}, {form})' for i, form in enumerate(formats))}",
     ]
     chosen = [0, 0, 0]
     if norm is not None:
@@ -116,17 +124,14 @@ def linear(
             f"NORMALIZE {int(choice.normalize)}",
         ]
         chosen = [address(part) for part in (choice.experts, choice.weights, choice.arrived)]
-    places = [addresses(output.weights) for output in outputs]
-    operands = [*(part for parts in zip(*places, strict=True) for part in parts)]
-    operands += [address(output.bias) for output in outputs] + [output.out.address for output in outputs]
     arguments = (
         x,
         NULL if norm is None else norm.weight,
         np.float32(0 if norm is None else norm.eps),
         NULL if residual is None else residual,
-        as_struct(f"<{len(operands)}Q", *operands),
+        as_struct(f"<{'QQQQQiiii' * len(outputs)}", *matrices),
         as_struct("<3Q", *chosen),
         np.int32(rows),
     )
-    grid = (sum(blocks), ceil_div(rows, 8 * columns), 1)
+    grid = (blocks, ceil_div(rows, 8 * columns), 1)
     return Planned(Source("matvec.cu", tuple(defines)), "matvec", grid, 32 * warps, arguments)

@@ -21,6 +21,7 @@ from mixbit.kernels.cuda.step import StepData
 from mixbit.kernels.cuda.weights import Store
 from mixbit.kernels.cuda.works import Work, share_memory
 from mixbit.kernels.executor import CacheConfig
+from mixbit.kernels.spec import Matrix
 
 _THREADS = 256  # of kernels on rows
 
@@ -147,7 +148,7 @@ class Lowering:
             None if spec.shared_gate is None else store.matrix(spec.shared_gate),
         )
 
-    def _embed(self, table: ops.Matrix, rows: int, out: Buffer) -> Planned:
+    def _embed(self, table: Matrix, rows: int, out: Buffer) -> Planned:
         weights = self._bound.store.matrix(table)
         defines = (
             *self._bound.kind.defines,

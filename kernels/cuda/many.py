@@ -175,7 +175,12 @@ class Layers:
         if sizes not in self._delta_scratch:
             self._delta_scratch[sizes] = DeltaScratch(self._bound.device, spec, self._most, MOST_SEQUENCES)
         places = DeltaPlaces(
-            *(at[columns.value] for columns in (node.q, node.k, node.v, node.z, node.b, node.a)),
+            q=at[node.q.value],
+            k=at[node.k.value],
+            v=at[node.v.value],
+            z=at[node.z.value],
+            b=at[node.b.value],
+            a=at[node.a.value],
             taps=parts.taps,
             rate=parts.rate,
             dt_bias=parts.dt_bias,

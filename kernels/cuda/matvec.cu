@@ -1,20 +1,24 @@
 #include "slab.cuh"
 
-// Several matrices of any widths on one input x [rows, DIM], in one launch. MATRICES(F) names them:
-// F(i, BITS, GROUP, GROUPS, OUT, BLOCKS, TILES, SCALE_TYPE, OUT_TYPE). Blocks: x counts those of the first matrix,
-// then of the next, each TILES times sixteen rows; y counts 8 * COLUMNS rows of x. The WARPS of a block share the
-// groups of a row, each at most MOST_DEPTH values of it at a time.
+// Several matrices of any widths on one input x [rows, DIM], in one launch. FORMATS(F) names how they are stored, each
+// way once: F(i, BITS, GROUP, GROUPS, SCALE_TYPE, OUT_TYPE). Blocks: x counts those of the first matrix, then of the
+// next, each CHUNKS * TILES times sixteen rows; y counts 8 * COLUMNS rows of x. The WARPS of a block share the groups
+// of a row, each at most MOST_DEPTH values of it at a time. Code is kept short, by loops and by one text for matrices
+// of one format: a step runs each kernel once, so that instructions come from afar.
 //   WITH_NORM      x is normed: W (x / sqrt(mean(x^2) + eps) * norm_weight), the root taken out of the product
 //   WITH_RESIDUAL  ... + residual [rows, OUT], for a single matrix
 //   TOP_K          matrix 0 gives the logits of EXPERTS experts: the last block to end picks the best of them and
 //                  their weights (renormalised if NORMALIZE)
 
+struct Matrix {
+  const void *codes, *scales, *biases;
+  const float* bias;
+  void* out;
+  int rows, first_block, format, padding;
+};
+
 struct Operands {
-  const void* codes[MATRIX_COUNT];
-  const void* scales[MATRIX_COUNT];
-  const void* biases[MATRIX_COUNT];
-  const float* bias[MATRIX_COUNT];
-  void* out[MATRIX_COUNT];
+  Matrix matrices[MATRIX_COUNT];
 };
 
 struct Chosen {
@@ -73,22 +77,23 @@ DEVICE void choose(const float* logits, int* experts, float* weights, int lane) 
 }
 #endif
 
-template <int BITS, int GROUP, int GROUPS, int OUT, int TILES, typename S, typename O>
-DEVICE void tiles(const T* x, const T* norm_weight, float eps, const T* residual, const void* codes,
-                  const void* scales, const void* biases, const float* bias, O* out, int block, int rows,
-                  float (*partial)[COLUMNS * 4][32], float (*squares)[COLUMNS * 8]) {
+template <int BITS, int GROUP, int GROUPS, typename S, typename O>
+DEVICE void product(const T* x, const T* norm_weight, float eps, const T* residual, const Matrix& matrix, int rows,
+                    float (*partial)[COLUMNS * 4][32], float (*squares)[COLUMNS * 8]) {
   constexpr int EACH = (GROUPS + WARPS - 1) / WARPS, MOST = MOST_DEPTH / GROUP;
   constexpr int COUNT = EACH < MOST ? EACH : MOST, PASSES = (EACH + COUNT - 1) / COUNT;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_token = blockIdx.y * 8 * COLUMNS;
+  const int begin = (blockIdx.x - matrix.first_block) * CHUNKS * TILES;
+  const int end = min(begin + CHUNKS * TILES, (matrix.rows + 15) / 16);
   Slab<BITS, GROUP, COUNT, S> slab;
   const auto load = [&](int pass, int tile) {
     ulong at[2];
 #pragma unroll
-    for (int r = 0; r < 2; r++) at[r] = min((block * TILES + tile) * 16 + lane / 4 + 8 * r, OUT - 1);
-    slab.template load<GROUPS>(slab, codes, scales, biases, at, (pass * WARPS + warp) * COUNT, lane);
+    for (int r = 0; r < 2; r++) at[r] = min(tile * 16 + lane / 4 + 8 * r, matrix.rows - 1);
+    slab.template load<GROUPS>(slab, matrix.codes, matrix.scales, matrix.biases, at, (pass * WARPS + warp) * COUNT, lane);
   };
-  load(0, 0);
+  load(0, begin);
 #ifdef WITH_NORM
 #pragma unroll
   for (int i = 0; i < COUNT; i++)
@@ -96,9 +101,9 @@ DEVICE void tiles(const T* x, const T* norm_weight, float eps, const T* residual
 #endif
   wait_for_inputs();
 
-  float sums[TILES][COLUMNS][4] = {}, square[COLUMNS][4] = {};
-  for (int pass = 0; pass < PASSES; pass++) {
-    Activations<GROUP, COLUMNS> activations[COUNT];
+  float square[COLUMNS][4] = {};
+  Activations<GROUP, COLUMNS> activations[COUNT];
+  const auto take = [&](int pass) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
       const int group = (pass * WARPS + warp) * COUNT + i;
@@ -114,59 +119,76 @@ DEVICE void tiles(const T* x, const T* norm_weight, float eps, const T* residual
         activations[i].template put<BITS, DIM>(activations[i], c, row, weights, group, lane, square[c]);
       }
     }
+  };
+  if constexpr (PASSES == 1) take(0);
+#pragma unroll 1
+  for (int first = begin; first < end; first += TILES) {
+    const int last = min(first + TILES, end);
+#pragma unroll 1
+    for (int pass = 0; pass < PASSES; pass++) {
+      if constexpr (PASSES > 1) take(pass);
+#pragma unroll 1
+      for (int tile = first; tile < last; tile++) {
+        const Slab<BITS, GROUP, COUNT, S> now = slab;
+        if (tile + 1 < last) load(pass, tile + 1);
+        else if (pass + 1 < PASSES) load(pass + 1, first);
+        else if (last < end) load(0, last);
+        float sums[COLUMNS][4] = {};
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-      Slab<BITS, GROUP, COUNT, S> now = slab;
-      if (tile + 1 < TILES) load(pass, tile + 1);
-      else if (pass + 1 < PASSES) load(pass + 1, 0);
+        for (int i = 0; i < COUNT; i++) slab.multiply(now, i, activations[i], sums, 1.0f);
+        float(*kept)[32] = partial[warp * TILES + tile - first];
 #pragma unroll
-      for (int i = 0; i < COUNT; i++) now.multiply(now, i, activations[i], sums[tile], 1.0f);
+        for (int c = 0; c < COLUMNS; c++)
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            kept[c * 4 + i][lane] = PASSES > 1 && pass > 0 ? kept[c * 4 + i][lane] + sums[c][i] : sums[c][i];
+      }
     }
-  }
-#pragma unroll
-  for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) partial[warp * TILES + tile][c * 4 + i][lane] = sums[tile][c][i];
 #ifdef WITH_NORM
+    if (first == begin) {
 #pragma unroll
-  for (int c = 0; c < COLUMNS; c++) keep(squares[warp] + c * 8, square[c], lane);
+      for (int c = 0; c < COLUMNS; c++) keep(squares[warp] + c * 8, square[c], lane);
+    }
 #endif
-  __syncthreads();
-  for (int i = threadIdx.x; i < TILES * 16 * COLUMNS * 8; i += THREADS) {
-    const int r = i % 16, tile = i / 16 % TILES, n = i / (16 * TILES);
-    const int row = (block * TILES + tile) * 16 + r, token = first_token + n;
-    if (row >= OUT || token >= rows) continue;
-    float sum = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < TILES * 16 * COLUMNS * 8; i += THREADS) {
+      const int r = i % 16, tile = i / 16 % TILES, n = i / (16 * TILES);
+      const int row = (first + tile) * 16 + r, token = first_token + n;
+      if (first + tile >= last || row >= matrix.rows || token >= rows) continue;
+      float sum = 0;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += partial[w * TILES + tile][n / 8 * 4 + result_register(r, n % 8)][result_lane(r, n % 8)];
+      for (int w = 0; w < WARPS; w++)
+        sum += partial[w * TILES + tile][n / 8 * 4 + result_register(r, n % 8)][result_lane(r, n % 8)];
 #ifdef WITH_NORM
-    float all = 0;
+      float all = 0;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) all += squares[w][n];
-    sum *= rsqrtf(all / DIM + eps);
+      for (int w = 0; w < WARPS; w++) all += squares[w][n];
+      sum *= rsqrtf(all / DIM + eps);
 #endif
-    if (bias != nullptr) sum += bias[row];
+      if (matrix.bias != nullptr) sum += matrix.bias[row];
 #ifdef WITH_RESIDUAL
-    sum += to_float(residual[(long long)token * OUT + row]);
+      sum += to_float(residual[(long long)token * matrix.rows + row]);
 #endif
-    out[(long long)token * OUT + row] = from_float<O>(sum);
+      ((O*)matrix.out)[(long long)token * matrix.rows + row] = from_float<O>(sum);
+    }
+    if (last < end) __syncthreads();
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-matvec(const T* x, const T* norm_weight, float eps, const T* residual, Operands operands, Chosen chosen, int rows) {
-  __shared__ float partial[WARPS * MOST_TILES][COLUMNS * 4][32], squares[WARPS][COLUMNS * 8];
+extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS > 0 ? 512 / THREADS : 1)
+matvec(const T* x, const T* norm_weight, float eps, const T* residual, const __grid_constant__ Operands operands,
+       Chosen chosen, int rows) {
+  __shared__ float partial[WARPS * TILES][COLUMNS * 4][32], squares[WARPS][COLUMNS * 8];
   let_next_start();
-  int block = blockIdx.x;
-#define TRY(i, BITS, GROUP, GROUPS, OUT, BLOCKS, TILES, S, O)                                                       \
-  if (block >= 0 && block < BLOCKS)                                                                                 \
-    tiles<BITS, GROUP, GROUPS, OUT, TILES, S, O>(x, norm_weight, eps, residual, operands.codes[i],                  \
-                                                 operands.scales[i], operands.biases[i], operands.bias[i],          \
-                                                 (O*)operands.out[i], block, rows, partial, squares);                                                      \
-  block -= BLOCKS;
-  MATRICES(TRY)
+  int which = 0;
+#pragma unroll
+  for (int i = 1; i < MATRIX_COUNT; i++)
+    if (blockIdx.x >= operands.matrices[i].first_block) which = i;
+  const Matrix& matrix = operands.matrices[which];
+#define TRY(i, BITS, GROUP, GROUPS, S, O) \
+  if (matrix.format == i) product<BITS, GROUP, GROUPS, S, O>(x, norm_weight, eps, residual, matrix, rows, partial, squares);
+  FORMATS(TRY)
 #undef TRY
 #ifdef TOP_K
   __shared__ bool last;
@@ -182,7 +204,7 @@ matvec(const T* x, const T* norm_weight, float eps, const T* residual, Operands 
   for (int n = threadIdx.x / 32; n < 8 * COLUMNS; n += WARPS) {
     const int token = blockIdx.y * 8 * COLUMNS + n;
     if (token < rows)
-      choose((const float*)operands.out[0] + (long long)token * EXPERTS, chosen.experts + token * TOP_K,
+      choose((const float*)operands.matrices[0].out + (long long)token * EXPERTS, chosen.experts + token * TOP_K,
              chosen.weights + token * TOP_K, threadIdx.x % 32);
   }
 #endif

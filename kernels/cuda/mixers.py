@@ -8,7 +8,7 @@ import numpy as np
 
 from mixbit.kernels import ops
 from mixbit.kernels.cuda.compiler import Source
-from mixbit.kernels.cuda.driver import Addressed, Buffer
+from mixbit.kernels.cuda.driver import Addressed, Argument, Buffer
 from mixbit.kernels.cuda.linear import Kind
 from mixbit.kernels.cuda.plan import NULL, Planned, Scratch
 from mixbit.kernels.cuda.step import StepData, as_struct
@@ -86,15 +86,21 @@ def attention(
         ),
     )
     q, k, v, gate = inputs
-    write = (
-        *(q, k, v),
-        *(NULL if part is None else part for part in (parts.q_norm, parts.k_norm)),
+    write: tuple[Argument, ...] = (
+        q,
+        k,
+        v,
+        NULL if parts.q_norm is None else parts.q_norm,
+        NULL if parts.k_norm is None else parts.k_norm,
         np.float32(0 if spec.q_norm is None else spec.q_norm.eps),
         np.float32(0 if spec.k_norm is None else spec.k_norm.eps),
         NULL if parts.inv_freq is None else parts.inv_freq,
         np.float32(1 if spec.rope is None else spec.rope.scale),
         np.float32(spec.scale),
-        *(queries, parts.keys, parts.values, data.step),
+        queries,
+        parts.keys,
+        parts.values,
+        data.step,
     )
     attend = (queries, parts.keys, parts.values, gate, sums, totals, arrived, out, data.step)
     return [

@@ -19,10 +19,14 @@ Name = Literal["metal", "cuda", "mlx-cpu"]
 
 
 class MlxBackend:
-    """Runs programs with MLX on one kind of device. `isa` and `threads` have no meaning here."""
+    """Runs programs with MLX on one kind of device. `isa` and `threads` have no meaning here.
 
-    def __init__(self, name: Name) -> None:
+    own_kernels: this project's kernels where they apply, else MLX's operations alone.
+    """
+
+    def __init__(self, name: Name, *, own_kernels: bool = False) -> None:
         self.name: str = name
+        self._own_kernels = own_kernels
 
     def unavailable(self) -> str | None:
         """None if MLX has this device here, else what is missing."""
@@ -48,14 +52,22 @@ class MlxBackend:
 
         device = mx.Device(self._device(), 0)
         name = mx.device_info(device).get("device_name", "unknown device")
-        return f"{name}, MLX {importlib.metadata.version('mlx')}"
+        kernels = "own kernels" if self._own_kernels else "stock operations"
+        return f"{name}, MLX {importlib.metadata.version('mlx')}, {kernels}"
 
     def compile(self, program: Program, cache: CacheConfig, options: ExecutorOptions) -> MlxExecutor:
         """Copy the weights to the device (on the CPU in float32) and allocate the pools."""
         from mixbit.kernels.mlx.executor import MlxExecutor
         from mixbit.kernels.mlx.stock import STOCK
 
-        return MlxExecutor(program, cache, options, self._device(), STOCK)
+        if not self._own_kernels:
+            return MlxExecutor(program, cache, options, self._device(), STOCK)
+        from mixbit.kernels.mlx.custom.launch import Launcher
+        from mixbit.kernels.mlx.custom.table import custom_table
+
+        launcher = Launcher.of_this_machine()
+        table = STOCK if launcher is None else custom_table(launcher)
+        return MlxExecutor(program, cache, options, self._device(), table)
 
     def _device(self) -> mx.DeviceType:
         import mlx.core as mx

@@ -52,6 +52,7 @@ def add_parser(commands: Any) -> None:
     model.add_argument("--context-length", metavar="N", type=_positive, help="tokens (default: the model's own)")
     model.add_argument("--device", metavar="NAME", default="auto", help="see mixbit doctor (default: auto)")
     model.add_argument("--threads", metavar="N", type=int, default=0, help="CPU threads (default: one a core)")
+    model.add_argument("--kernels", choices=["auto", "stock"], default="auto", help="on GPUs: ours, or MLX's own")
     model.add_argument("--isa", metavar="NAME", help="force a CPU instruction set (default: the best)")
     model.add_argument("--dtype", metavar="NAME", help="activations of GPU backends (default: the checkpoint's)")
     model.add_argument(
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         config = EngineConfig(
             model=str(directory),
             device=args.device,
+            kernels=args.kernels,
             threads=args.threads,
             context_length=args.context_length,
             max_running=1,

@@ -75,6 +75,7 @@ def add_parser(commands: Any) -> None:
     )
     engine.add_argument("--k", metavar="K", type=int, help="active experts per token (default: the model's own)")
     engine.add_argument("--dtype", metavar="NAME", help="activations of GPU backends (default: the checkpoint's)")
+    engine.add_argument("--kernels", choices=["auto", "stock"], default="auto", help="on GPUs: ours, or MLX's own")
     engine.add_argument("--isa", metavar="NAME", help="force a CPU instruction set (default: the best)")
     engine.add_argument(
         "--precision",
@@ -182,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
         config = EngineConfig(
             model=str(directory),
             device=args.device,
+            kernels=args.kernels,
             threads=args.threads,
             context_length=args.context_length,
             max_running=args.max_running,

@@ -56,6 +56,25 @@ def test_weights_larger_than_memory_leave_an_eighth(hybrid: Program, monkeypatch
     assert cache_config(hybrid, config, 10**6, 60_000_000).blocks == (50_000_000 - states) // each
 
 
+class Card:
+    """A backend with memory of its own."""
+
+    def free_memory(self) -> int:
+        return 100_000_000
+
+    def value_bytes(self, dtype: str | None) -> int:
+        return 4 if dtype == "float32" else 2
+
+
+def test_a_device_counts_its_own_memory_and_width(hybrid: Program) -> None:
+    config = EngineConfig(model="", max_running=1, block_size=16)
+    states = 9 * slot_bytes(hybrid)
+    cache = cache_config(hybrid, config, 10**6, 60_000_000, Card())
+    assert cache.blocks == (20_000_000 - states) // block_bytes(hybrid, 16, 2)
+    with pytest.raises(CacheError, match=r"weights \(200\.0 MB\) do not fit in the 100\.0 MB"):
+        cache_config(hybrid, config, 10**6, 200_000_000, Card())
+
+
 def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("700000\n")

@@ -24,6 +24,7 @@ class Candidate:
 
     backend: Backend
     isa: str | None = None
+    rounding: float = 1.0  # of its float32, beside that of IEEE sums
 
     def compile(self, program: Program, cache: CacheConfig = CACHE, *, profile: bool = False) -> Executor:
         """An executor in float32."""
@@ -39,7 +40,7 @@ if importlib.util.find_spec("mlx") is not None:  # a GPU machine may do without
 
         CANDIDATES["metal-on-host"] = Candidate(HostMetalBackend())
 if CudaBackend().unavailable() is None:
-    CANDIDATES["cuda"] = Candidate(CudaBackend())
+    CANDIDATES["cuda"] = Candidate(CudaBackend(), rounding=4.0)  # tensor cores truncate
 REFERENCE = Candidate(ReferenceBackend())
 
 

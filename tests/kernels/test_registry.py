@@ -87,3 +87,12 @@ def test_real_backends_explain_themselves(device: str) -> None:
 
 def test_cpu_always_runs() -> None:
     assert choose("cpu").backend.unavailable() is None
+
+
+@pytest.mark.usefixtures("fakes")
+def test_stock_kernels_replace_ours_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_STOCK", {"cuda": Fake("cuda", None)})
+    assert choose().backend.name == "cpu"
+    assert choose(kernels="stock").backend.name == "cuda"
+    assert choose("cpu", "stock").backend.name == "cpu"
+    assert choose("cuda", "stock").backend.name == "cuda"
