@@ -122,8 +122,8 @@ build/bench/rates: bench/rates.cpp | $(VENV)/toolchain
 build/sanitize/built: $(NATIVE) tests/native/matmul_test.cpp $(VENV)/installed-test
 	@command -v c++ >/dev/null || { echo "error: make sanitize needs gcc or clang; on Debian and Ubuntu: apt install g++" >&2; exit 1; }
 	@. ./$(VENV)/toolchain; $(VENV)/bin/cmake -S . -B build/sanitize -G Ninja $$CMAKE_ARGS \
-		-DCMAKE_MAKE_PROGRAM="$$PWD/$(VENV)/bin/ninja" -DPython_EXECUTABLE="$$PWD/$(PY)" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-		-DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" >/dev/null
+		-DCMAKE_MAKE_PROGRAM="$$PWD/$(VENV)/bin/ninja" -DPython_EXECUTABLE="$$PWD/$(PY)" -DCMAKE_BUILD_TYPE=None \
+		-DCMAKE_CXX_FLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" >/dev/null
 	@$(VENV)/bin/cmake --build build/sanitize --target _cpu matmul_test
 	@touch $@
 

@@ -161,6 +161,7 @@ class Bench:
             self.sides["http"] = stack.enter_context(served(pair.ours, self.args.threads))
         program = load(pair.ours).program
         facts = self._ask(MODES[0], do="facts")
+        self.facts |= facts
         for row in self.rows:
             result = self._measure(row)
             self.machine = self.machine.best(measure(self.args.rates, self.args.threads))
@@ -169,7 +170,6 @@ class Bench:
             cost = step_cost(program, work.sequences, tokens, work.context + steps // 2, facts["kv_token_bytes"])
             result.floor = work.sequences * tokens / self.machine.floor(cost, exact=False)
             yield result
-        self.facts |= {"weights": facts["weights"], "kv_token_bytes": facts["kv_token_bytes"]}
 
     def _start(self, stack: contextlib.ExitStack, name: str, python: str, script: str, **options: Any) -> None:
         try:
@@ -240,9 +240,11 @@ def show(results: Sequence[Result], benches: Sequence[Bench], console: Console) 
         for mode in (*MODES, "peer"):
             loaded = facts.get(mode)
             if loaded:
-                memory = f", {loaded['private'] / 2**20:.0f} MiB private" if "private" in loaded else ""
-                share = f" ({loaded['private'] / facts['weights']:.1%} of the weights)" if memory else ""
-                console.print(f"  {mode}: first token {loaded['seconds']:.2f} s after start of loading{memory}{share}")
+                memory = ""
+                if "private" in loaded and "weights" in facts:
+                    share = loaded["private"] / facts["weights"]
+                    memory = f", {loaded['private'] / 2**20:.0f} MiB private ({share:.1%} of the weights)"
+                console.print(f"  {mode}: first token {loaded['seconds']:.2f} s after start of loading{memory}")
     for problem in (problem for result in results for problem in result.problems):
         console.print(f"problem: {problem}", style="red", markup=False)
 
