@@ -11,15 +11,12 @@ from mixbit.kernels.executor import Backend, BackendError
 from mixbit.kernels.mlx.backend import MlxBackend
 from mixbit.kernels.reference.backend import ReferenceBackend
 
-__all__ = ["DEVICES", "KERNELS", "BackendError", "Choice", "availability", "choose"]
+__all__ = ["DEVICES", "BackendError", "Choice", "availability", "choose"]
 
 # In order of preference. The reference is never chosen by itself: it is the slow definition.
 _BACKENDS: tuple[Backend, ...] = (MlxBackend("metal", own_kernels=True), CudaBackend(), CpuBackend())
 _ONLY_BY_NAME: tuple[Backend, ...] = (MlxBackend("mlx-cpu"), ReferenceBackend())
 _STOCK: Mapping[str, Backend] = {name: MlxBackend(name) for name in ("metal", "cuda")}
-
-KERNELS = ("auto", "stock")
-"""Which kernels a GPU runs: this project's where they apply, or MLX's own operations alone."""
 
 DEVICES = ("auto", *(backend.name for backend in _BACKENDS + _ONLY_BY_NAME))
 
@@ -37,7 +34,9 @@ class Choice:
 
 
 def choose(device: str = "auto", kernels: str = "auto") -> Choice:
-    """The first backend that this machine can run, or the one asked for. kernels: one of KERNELS.
+    """The first backend that this machine can run, or the one asked for.
+
+    kernels: "auto" for this project's on GPUs where they apply, "stock" for MLX's own operations alone.
 
     Raises BackendError if `device` is unknown or not available here.
     """

@@ -2,7 +2,7 @@
 
 // out[row] = sum over the chosen experts of weight * (down h), WITH_SHARED plus the shared expert's, times
 // sigmoid(shared_logit) WITH_SHARED_LOGIT, WITH_RESIDUAL plus residual. Blocks: x counts rows of activations, y
-// sixteen rows of the matrices; each warp takes experts, or SPLIT parts of them. ONE_FORMAT: all are stored alike.
+// TILES times sixteen rows of the matrices; each warp takes experts, or SPLIT parts of them. ONE_FORMAT: all are stored alike.
 
 struct Operands {
   const void *codes, *scales, *biases;
@@ -10,25 +10,30 @@ struct Operands {
 
 constexpr int THREADS = WARPS * 32, JOBS = TOP_K + SHARED_JOBS;
 
-// Several chunks of one expert go to several warps, so that each warp holds few groups at once.
+// Several parts of one expert go to several warps, so that each warp holds few groups at once.
 template <int BITS, int GROUP, int GROUPS, typename S, int IN>
-DEVICE void project(const Operands& m, ulong expert, const T* h, float weight, int part, int parts, int lane,
-                    float (*sums)[4]) {
+DEVICE void project(const Operands& m, ulong expert, const T* h, float weight, int part, int lane, float (*kept)[16]) {
   constexpr int COUNT = GROUPS < 4 ? GROUPS : 4;
-  ulong at[2];
-#pragma unroll
-  for (int r = 0; r < 2; r++) at[r] = expert * OUT + min(blockIdx.y * 16 + lane / 4 + 8 * r, OUT - 1);
-#pragma unroll 2
-  for (int first = part * COUNT; first < GROUPS; first += parts * COUNT) {
-    Slab<BITS, GROUP, COUNT, S> slab;
-    slab.template load<GROUPS>(slab, m.codes, m.scales, m.biases, at, first, lane);
+#pragma unroll 1
+  for (int first = part * COUNT; first < GROUPS; first += SPLIT * COUNT) {
+    Activations<GROUP, 1> a[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-      Activations<GROUP, 1> a;
       float unused[4] = {};
       const T* row = lane < 4 && first + i < GROUPS ? h : nullptr;
-      a.template put<BITS, IN>(a, 0, row, nullptr, first + i, lane, unused);
-      slab.multiply(slab, i, a, sums, weight);
+      a[i].template put<BITS, IN>(a[i], 0, row, nullptr, first + i, lane, unused);
+    }
+#pragma unroll 2
+    for (int tile = 0; tile < TILES; tile++) {
+      ulong at[2];
+#pragma unroll
+      for (int r = 0; r < 2; r++) at[r] = expert * OUT + min((blockIdx.y * TILES + tile) * 16 + lane / 4 + 8 * r, OUT - 1);
+      Slab<BITS, GROUP, COUNT, S> slab;
+      slab.template load<GROUPS>(slab, m.codes, m.scales, m.biases, at, first, lane);
+      float sums[1][4] = {};
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) slab.multiply(slab, i, a[i], sums, weight);
+      if (lane % 4 == 0) kept[tile][lane / 4] += sums[0][0], kept[tile][lane / 4 + 8] += sums[0][2];
     }
   }
 }
@@ -37,12 +42,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 experts_project(const T* hidden, const T* shared_hidden, const int* experts, const float* weights,
                 const float* shared_logit, const T* residual, const __grid_constant__ Operands routed,
                 const __grid_constant__ Operands shared, T* out) {
-  __shared__ float partial[WARPS][16];
+  __shared__ float partial[WARPS][TILES][16];
   let_next_start();
   wait_for_inputs();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const long long token = blockIdx.x;
-  float sums[1][4] = {};
+  for (int i = lane; i < TILES * 16; i += 32) partial[warp][i / 16][i % 16] = 0;
+  __syncwarp();
   for (int unit = warp; unit < JOBS * SPLIT; unit += WARPS) {
     const int job = unit / SPLIT, part = unit % SPLIT;
     const bool chosen = job < TOP_K;
@@ -56,22 +62,23 @@ experts_project(const T* hidden, const T* shared_hidden, const int* experts, con
 #endif
       project<DOWN_BITS, DOWN_GROUP, DOWN_GROUPS, DOWN_SCALE, HIDDEN>(
           chosen ? routed : shared, chosen ? experts[pair] : 0,
-          chosen ? hidden + pair * HIDDEN : shared_hidden + token * HIDDEN, weight, part, SPLIT, lane, sums);
+          chosen ? hidden + pair * HIDDEN : shared_hidden + token * HIDDEN, weight, part, lane, partial[warp]);
 #if defined(WITH_SHARED) && !defined(ONE_FORMAT)
     else
       project<SHARED_DOWN_BITS, SHARED_DOWN_GROUP, SHARED_DOWN_GROUPS, SHARED_DOWN_SCALE, SHARED_HIDDEN>(
-          shared, 0, shared_hidden + token * SHARED_HIDDEN, weight, part, SPLIT, lane, sums);
+          shared, 0, shared_hidden + token * SHARED_HIDDEN, weight, part, lane, partial[warp]);
 #endif
   }
-  if (lane % 4 == 0) partial[warp][lane / 4] = sums[0][0], partial[warp][lane / 4 + 8] = sums[0][2];
   __syncthreads();
-  const int row = blockIdx.y * 16 + threadIdx.x;
-  if (threadIdx.x >= 16 || row >= OUT) return;
-  float sum = 0;
+  for (int i = threadIdx.x; i < TILES * 16; i += THREADS) {
+    const int row = blockIdx.y * TILES * 16 + i;
+    if (row >= OUT) return;
+    float sum = 0;
 #pragma unroll
-  for (int w = 0; w < WARPS; w++) sum += partial[w][threadIdx.x];
+    for (int w = 0; w < WARPS; w++) sum += partial[w][i / 16][i % 16];
 #ifdef WITH_RESIDUAL
-  sum += to_float(residual[token * OUT + row]);
+    sum += to_float(residual[token * OUT + row]);
 #endif
-  out[token * OUT + row] = from_float<T>(sum);
+    out[token * OUT + row] = from_float<T>(sum);
+  }
 }

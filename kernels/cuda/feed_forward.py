@@ -18,6 +18,11 @@ _MOST_WARPS = 16
 _ROWS = 16  # of a tile
 
 
+def _tiles(rows: int) -> int:
+    """Tiles of a block: the more blocks there are, the more of a matrix each takes for what it prepares."""
+    return 1 if rows <= 1 else 2 if rows < 4 else 4
+
+
 @dataclass(frozen=True, eq=False)
 class MoeWeights:
     """A mixture of experts on the device."""
@@ -52,6 +57,8 @@ def _hidden(
     assert some is not None
     warps = kind.warps(some.gate.depth)
     defines = [*kind.defines, f"DIM {some.gate.depth}", f"WARPS {warps}", f"TOP_K {top_k}"]
+    tiles = min(_tiles(rows), 4 * 8 // warps)  # sums of a block take 1 KB a warp and tile
+    defines.append(f"TILES {tiles}")
     if routed is not None and shared is not None and _alike(routed.gate, shared.gate, routed.up, shared.up):
         defines.append("ONE_FORMAT")
     for name, part in (("HIDDEN", routed), ("SHARED_HIDDEN", shared)):
@@ -69,7 +76,7 @@ def _hidden(
         defines.append("WITH_NORM")
     normed = (NULL, np.float32(0)) if norm is None else (norm.weight, np.float32(norm.eps))
     arguments = (x, *normed, chosen, as_struct("<6Q", *parts), as_struct("<6Q", *shared_parts), *outs, np.int32(rows))
-    grid = (jobs, ceil_div(widest, _ROWS), 1)
+    grid = (jobs, ceil_div(widest, tiles * _ROWS), 1)
     return Planned(Source("experts_hidden.cu", tuple(defines)), "experts_hidden", grid, 32 * warps, arguments)
 
 
@@ -136,7 +143,13 @@ def _project(
     split = max(1, min(ceil_div(padded(down) // group_of(down), 4), _MOST_WARPS // jobs))
     warps = min(_MOST_WARPS, jobs * split)
     defines = [*kind.defines, f"OUT {down.rows}", f"WARPS {warps}", f"SPLIT {split}", f"TOP_K {weights.top_k}"]
-    defines += [f"SHARED_JOBS {int(shared is not None)}", f"HIDDEN {down.depth}", *format_defines("DOWN", down)]
+    tiles = _tiles(rows)
+    defines += [
+        f"TILES {tiles}",
+        f"SHARED_JOBS {int(shared is not None)}",
+        f"HIDDEN {down.depth}",
+        *format_defines("DOWN", down),
+    ]
     parts = [NULL.item()] * 3
     if shared is not None:
         defines += ["WITH_SHARED", f"SHARED_HIDDEN {shared.down.depth}", *format_defines("SHARED_DOWN", shared.down)]
@@ -154,5 +167,5 @@ def _project(
         as_struct("<3Q", *parts),
         out,
     )
-    grid = (rows, ceil_div(down.rows, _ROWS), 1)
+    grid = (rows, ceil_div(down.rows, tiles * _ROWS), 1)
     return Planned(Source("experts_project.cu", tuple(defines)), "experts_project", grid, 32 * warps, arguments)

@@ -139,9 +139,12 @@ def delta(
             f"QK_EPS {_QK_EPS}f",
         ),
     )
-    arguments = (
+    norm_eps = np.float32(spec.norm.eps)
+    arguments: tuple[Argument, ...] = (
         *inputs,
-        *(parts.taps, parts.rate, parts.dt_bias, parts.norm, np.float32(spec.norm.eps)),
-        *(parts.conv, parts.memory, out, data.step),
+        *(parts.taps, parts.rate, parts.dt_bias, parts.norm),
+        norm_eps,
+        *(parts.conv, parts.memory, out),
+        data.step,
     )
     return Planned(source, "delta", (spec.value_heads, sequences, 1), 32 * warps, arguments)
