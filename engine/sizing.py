@@ -9,7 +9,7 @@ import psutil
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.errors import UserError
 from mixbit.kernels.executor import CacheConfig
-from mixbit.kernels.memory import OwnMemory
+from mixbit.kernels.memory import NarrowCache, OwnMemory
 from mixbit.kernels.ops import Program
 
 USEFUL_LENGTH = 256  # tokens: a cache too small for one sequence of this length is refused
@@ -57,8 +57,8 @@ def cache_config(
 
     Without config.cache_bytes half of what the weights will leave free is used; weights larger than memory
     are read again and again from disk, and leave an eighth. Values count as float32, unless a narrower
-    dtype is asked for. A `backend` with memory of its own says how much there is and how wide values are; there the
-    weights must fit. Raises CacheError if they do not, or not even one sequence of a useful length does.
+    dtype is asked for. A `backend` may say how wide values are; one with memory of its own also says how much there is,
+    and there the weights must fit. Raises CacheError if they do not, or not even one sequence of a useful length does.
     """
     available, width = available_memory(), 2 if config.dtype in {"float16", "bfloat16"} else 4
     if isinstance(backend, OwnMemory):
@@ -68,6 +68,8 @@ def cache_config(
                 f"the model's weights ({_megabytes(weight_bytes)}) do not fit in the {_megabytes(available)} that are "
                 "free on the device; free some, or choose another with --device"
             )
+    elif isinstance(backend, NarrowCache):
+        width = backend.value_bytes_for(config.precision)
     budget = config.cache_bytes or max(available - weight_bytes, available // 8) // 2
     slot = slot_bytes(program)
     states = slot * config.max_running

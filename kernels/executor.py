@@ -106,7 +106,7 @@ class ExecutorOptions:
     isa: force a CPU instruction set ("portable", "avx2", "avx512", "neon"); None takes the best.
     dtype: of the activations; None lets the backend choose (float32 on CPUs, the checkpoint's on GPUs).
     precision: "fast" lets a backend round the inputs of quantized matrices to int8, each group of columns by its
-        own scale (CPUs do, but for routers); "exact" keeps them as they are.
+        own scale (CPUs do, but for routers), and keys and values to bfloat16; "exact" keeps them as they are.
     """
 
     max_tokens: int

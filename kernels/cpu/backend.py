@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixbit.kernels import ops
-from mixbit.kernels.executor import BackendError, Batch, Bytes, CacheConfig, ExecutorOptions
+from mixbit.kernels.executor import BackendError, Batch, Bytes, CacheConfig, ExecutorOptions, Precision
 
 if TYPE_CHECKING:
     from mixbit.kernels.cpu import _cpu
@@ -20,14 +20,11 @@ _NAMES = {"portable": "portable code", "avx2": "AVX2", "avx512": "AVX-512 VNNI",
 class CpuBackend:
     """Runs programs on the CPU, in float32, from weights that stay where they are mapped.
 
-    narrow_kv: keep keys and values in bfloat16. Attention then takes half of the memory's time, and where the
-    processor multiplies bfloat16, half of the arithmetic's.
+    precision "fast" also keeps keys and values in bfloat16: half of the memory's time, and half of the arithmetic's
+    where the processor multiplies bfloat16.
     """
 
     name = "cpu"
-
-    def __init__(self, *, narrow_kv: bool = False) -> None:
-        self._narrow_kv = narrow_kv
 
     def unavailable(self) -> str | None:
         """None if the native module was built for this machine."""
@@ -43,6 +40,10 @@ class CpuBackend:
 
         threads = _cpu.usable_cores()
         return f"{_NAMES[_cpu.best_isa()]}, {threads} thread{'s' if threads != 1 else ''}"
+
+    def value_bytes_for(self, precision: Precision) -> int:
+        """Bytes of a cached key or value: of bfloat16 in the fast mode, else of float32."""
+        return 2 if precision == "fast" else 4
 
     def compile(self, program: ops.Program, cache: CacheConfig, options: ExecutorOptions) -> CpuExecutor:
         """Record the program natively and allocate its pools; quantized weights and matrices are not copied.
@@ -65,7 +66,6 @@ class CpuBackend:
             blocks=cache.blocks,
             block_size=cache.block_size,
             state_slots=cache.state_slots,
-            narrow_kv=self._narrow_kv,
             precision=_cpu.Precision[options.precision],
             threads=options.threads,
             isa=options.isa or _cpu.best_isa(),

@@ -9,7 +9,7 @@ import pytest
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.loader import load
 from mixbit.engine.sizing import CacheError, available_memory, block_bytes, cache_config, slot_bytes
-from mixbit.kernels.executor import CacheConfig, ExecutorOptions
+from mixbit.kernels.executor import CacheConfig, ExecutorOptions, Precision
 from mixbit.kernels.ops import Program
 from mixbit.kernels.registry import choose
 from tests.checkpoints import write_checkpoint
@@ -83,3 +83,12 @@ def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     assert available_memory(tmp_path) > 600_000
     assert available_memory(tmp_path / "none") > 600_000
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_the_processor_counts_the_width_of_its_mode(hybrid: Program, precision: Precision) -> None:
+    config = EngineConfig(model="", max_running=3, block_size=16, cache_bytes=5_000_000, precision=precision)
+    backend = choose("cpu").backend
+    cache = cache_config(hybrid, config, 10**6, 0, backend)
+    executor = backend.compile(hybrid, cache, ExecutorOptions(max_tokens=16, precision=precision))
+    assert 5_000_000 - executor.export_block(0).nbytes < executor.cache_bytes <= 5_000_000

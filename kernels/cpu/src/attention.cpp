@@ -301,7 +301,8 @@ std::unique_ptr<Op> make_attention(Context& context, Columns q, Columns k, Colum
     bytes += op->bytes();
     return op;
   };
-  return context.limits.narrow_kv ? make.template operator()<Bfloat16>() : make.template operator()<float>();
+  return context.limits.precision == Precision::fast ? make.template operator()<Bfloat16>()
+                                                     : make.template operator()<float>();
 }
 
 }  // namespace mixbit

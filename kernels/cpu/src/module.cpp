@@ -189,13 +189,13 @@ NB_MODULE(_cpu, m) {
       .def(
           "__init__",
           [](Program* self, std::int64_t max_tokens, std::int64_t blocks, std::int64_t block_size,
-             std::int64_t state_slots, bool narrow_kv, Precision precision, int threads, const std::string& isa,
+             std::int64_t state_slots, Precision precision, int threads, const std::string& isa,
              bool profile) {
-            const Limits limits{max_tokens, blocks, block_size, state_slots, narrow_kv, precision};
+            const Limits limits{max_tokens, blocks, block_size, state_slots, precision};
             new (self) Program(limits, threads, isa_named(isa), profile);
           },
           nb::kw_only(), nb::arg("max_tokens"), nb::arg("blocks"), nb::arg("block_size"), nb::arg("state_slots"),
-          nb::arg("narrow_kv"), nb::arg("precision"), nb::arg("threads"), nb::arg("isa"), nb::arg("profile"))
+          nb::arg("precision"), nb::arg("threads"), nb::arg("isa"), nb::arg("profile"))
       .def("value",
            [](Program& p, std::int64_t dim, bool selected) {
              p.add_value(dim, selected ? Rows::selected : Rows::tokens);

@@ -69,9 +69,17 @@ std::uint32_t ThreadPool::drain(int thread) {
   while (claim(index)) {
     call_.load(std::memory_order_relaxed)(task_.load(std::memory_order_relaxed), index, thread);
     ++ran;
-    if (thread != 0) done_.fetch_add(1, std::memory_order_release);
+    if (thread != 0) report();
   }
   return ran;
+}
+
+// One more task of the others is done. The caller may be asleep over it.
+void ThreadPool::report() {
+  done_.fetch_add(1, std::memory_order_seq_cst);
+  if (!waiting_.load(std::memory_order_seq_cst)) return;
+  { std::lock_guard lock(mutex_); }
+  finished_.notify_one();
 }
 
 void ThreadPool::run_all(std::int64_t count, Call call, const void* task) {
@@ -84,8 +92,13 @@ void ThreadPool::run_all(std::int64_t count, Call call, const void* task) {
     wake_.notify_all();
   }
   auto others = static_cast<std::uint32_t>(count) - drain(0);
-  auto finished = [&] { return done_.load(std::memory_order_acquire) == others; };
-  while (!spin_until(finished)) std::this_thread::yield();  // someone else may need this core to finish
+  auto finished = [&] { return done_.load(std::memory_order_seq_cst) == others; };
+  if (spin_until(finished)) return;
+  // Another process may have the core of a thread that is not done: an idle core draws that thread to itself.
+  std::unique_lock lock(mutex_);
+  waiting_.store(true, std::memory_order_seq_cst);
+  finished_.wait(lock, finished);
+  waiting_.store(false, std::memory_order_relaxed);
 }
 
 void ThreadPool::work(int thread) {

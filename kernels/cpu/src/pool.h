@@ -1,4 +1,4 @@
-// Threads that stay hot between the ops of a step: they spin briefly, then sleep.
+// Threads that stay hot between the ops of a step: whoever waits spins briefly, then sleeps.
 #pragma once
 
 #include <atomic>
@@ -47,6 +47,7 @@ class ThreadPool {
   void work(int thread);
   bool claim(std::uint32_t& index);
   std::uint32_t drain(int thread);
+  void report();
   bool idle() const;
 
   // The job: the number of tasks (high half) and the next to be claimed (low half), in one word, so that a
@@ -57,9 +58,10 @@ class ThreadPool {
   alignas(64) std::atomic<Call> call_{nullptr};
   std::atomic<const void*> task_{nullptr};
   std::atomic<int> sleeping_{0};
+  std::atomic<bool> waiting_{false};
   std::atomic<bool> stop_{false};
   std::mutex mutex_;
-  std::condition_variable wake_;
+  std::condition_variable wake_, finished_;
   std::vector<std::thread> workers_;
 };
 

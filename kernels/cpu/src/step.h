@@ -14,8 +14,7 @@ namespace mixbit {
 // What is fixed when a program is compiled.
 struct Limits {
   std::int64_t max_tokens, blocks, block_size, state_slots;
-  bool narrow_kv;  // keys and values in bfloat16, else float32
-  Precision precision;  // of quantized matrices
+  Precision precision;  // fast: quantized matrices meet int8, keys and values are bfloat16
 };
 
 struct Machine {

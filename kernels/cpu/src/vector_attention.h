@@ -38,12 +38,12 @@ inline void weigh(float* scores, std::int64_t n, float* out, std::int64_t out_n,
 // Scores of a pass: t.scores[r, j * key_stride + i] for key i of block j, minus infinity for what r does not see.
 template <typename F>
 inline void score(const AttentionTile<typename F::Stored>& t, const std::int32_t* pass_blocks, std::int64_t blocks,
-                  std::int64_t start, std::int64_t stride) {
+                  std::int64_t start, std::int64_t stride, const std::int32_t* end) {
   const std::int64_t steps = (t.head_dim + F::depth - 1) / F::depth;
   for (std::int64_t j = 0; j < blocks; ++j) {
-    multiply(Product<F>{F::left(t.q), t.q_stride * F::lefts / F::depth, 0, t.keys + pass_blocks[j] * t.key_block_stride,
-                        t.key_stride * F::depth, 0, one_part, steps, steps, 0, t.scores + j * t.key_stride, stride,
-                        t.rows, t.key_stride});
+    multiply(Product<F>{F::left(t.q), t.q_stride * F::lefts / F::depth, 0, t.keys, t.key_stride * F::depth,
+                        t.key_block_stride, pass_blocks + j, end, 2, steps, steps, 0, t.scores + j * t.key_stride,
+                        stride, t.rows, t.key_stride});
   }
   for (std::int64_t r = 0; r < t.rows; ++r) {
     std::int64_t seen = t.visible + r / t.group - start;
@@ -60,6 +60,7 @@ template <typename F>
 void attend(const AttentionTile<typename F::Stored>& t) {
   const std::int64_t stride = t.blocks_per_pass * t.key_stride;
   const std::int64_t pass = t.blocks_per_pass * t.block_size;
+  const std::int32_t* end = t.blocks + (t.end + t.block_size - 1) / t.block_size;
   fill(t.out, t.rows * t.value_stride, 0.0f);
   fill(t.peak, t.rows, -__builtin_inff());
   fill(t.total, t.rows, 0.0f);
@@ -67,7 +68,7 @@ void attend(const AttentionTile<typename F::Stored>& t) {
     const std::int64_t keys = t.end - start < pass ? t.end - start : pass;
     const std::int64_t blocks = (keys + t.block_size - 1) / t.block_size;
     const std::int32_t* pass_blocks = t.blocks + start / t.block_size;
-    score<F>(t, pass_blocks, blocks, start, stride);
+    score<F>(t, pass_blocks, blocks, start, stride, end);
     for (std::int64_t r = 0; r < t.rows; ++r) {
       if (t.visible + r / t.group <= start) {
         fill(t.scores + r * stride, blocks * t.key_stride, 0.0f);
@@ -79,8 +80,8 @@ void attend(const AttentionTile<typename F::Stored>& t) {
     const std::int64_t in_block = (t.block_size + F::depth - 1) / F::depth;
     const std::int64_t in_last = (keys - (blocks - 1) * t.block_size + F::depth - 1) / F::depth;
     multiply(Product<F>{F::left(t.scores), stride, t.key_stride * F::lefts / F::depth, t.values,
-                        t.value_stride * F::depth, t.value_block_stride, pass_blocks, in_block,
-                        (blocks - 1) * in_block + in_last, 1, t.out, t.value_stride, t.rows, t.value_stride});
+                        t.value_stride * F::depth, t.value_block_stride, pass_blocks, end, t.blocks_per_pass,
+                        in_block, (blocks - 1) * in_block + in_last, 1, t.out, t.value_stride, t.rows, t.value_stride});
   }
 }
 

@@ -1,4 +1,4 @@
-"""Attention over keys and values in bfloat16, which rounds to 8 bits of mantissa: to half of 2^-7 of a value.
+"""Attention in the fast mode: keys and values in bfloat16, which rounds to 8 bits, half of 2^-7 of a value.
 
 Queries and softmax weights are rounded so too where the processor multiplies bfloat16. A score of size 4 is then off
 by some 4 * 2^-8 at worst, and with it a weight; a weighted mean of values is off by about as much.
@@ -6,12 +6,15 @@ by some 4 * 2^-8 at worst, and with it a weight; a weighted mean of values is of
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
 from mixbit.kernels.cpu import _cpu
 from mixbit.kernels.cpu.backend import CpuBackend
-from mixbit.kernels.executor import CacheConfig
+from mixbit.kernels.executor import CacheConfig, Executor, ExecutorOptions
+from mixbit.kernels.ops import Program
 from tests.kernels.builders import CACHE, Sequences, Tensors, assert_close, program_of, run_in_pieces
 from tests.kernels.conftest import REFERENCE, Candidate
 from tests.kernels.test_attention import SHAPES, Shape, attend, layer
@@ -19,14 +22,25 @@ from tests.kernels.test_attention import SHAPES, Shape, attend, layer
 TOLERANCE = 4 * 2.0**-8
 
 
+@dataclass(frozen=True)
+class Narrow:
+    """The CPU in its fast mode, held to an instruction set. The programs here have no quantized matrices."""
+
+    isa: str
+
+    def compile(self, program: Program, cache: CacheConfig = CACHE) -> Executor:
+        options = ExecutorOptions(max_tokens=256, threads=2, isa=self.isa, precision="fast")
+        return CpuBackend().compile(program, cache, options)
+
+
 @pytest.fixture(params=_cpu.supported_isas())
-def narrow(request: pytest.FixtureRequest) -> Candidate:
-    """The CPU with narrow keys and values, held to an instruction set."""
-    return Candidate(CpuBackend(narrow_kv=True), request.param)
+def narrow(request: pytest.FixtureRequest) -> Narrow:
+    """Each instruction set."""
+    return Narrow(request.param)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_like_reference_over_mixed_steps(narrow: Candidate, shape: Shape) -> None:
+def test_like_reference_over_mixed_steps(narrow: Narrow, shape: Shape) -> None:
     program = layer(shape)
     ours, reference = narrow.compile(program), REFERENCE.compile(program)
     sequences = Sequences(CACHE, count=4, seed=3)
@@ -37,7 +51,7 @@ def test_like_reference_over_mixed_steps(narrow: Candidate, shape: Shape) -> Non
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 32])
-def test_any_block_size(narrow: Candidate, block_size: int) -> None:
+def test_any_block_size(narrow: Narrow, block_size: int) -> None:
     """Odd blocks end within a pair of positions."""
     program = layer(SHAPES["plain"])
     cache = CacheConfig(blocks=-(-220 // block_size), block_size=block_size, state_slots=1)
@@ -46,7 +60,7 @@ def test_any_block_size(narrow: Candidate, block_size: int) -> None:
     assert_close(run_in_pieces(narrow.compile(program, cache), cache, tokens, [17, 1, 1, 1, 180]), whole, TOLERANCE)
 
 
-def test_odd_heads(narrow: Candidate) -> None:
+def test_odd_heads(narrow: Narrow) -> None:
     """Heads of an odd size end within a pair of values."""
     shape = Shape(head_dim=19, rotated=18)
     tokens = np.random.default_rng(7).integers(0, 24, 40)
@@ -54,7 +68,7 @@ def test_odd_heads(narrow: Candidate) -> None:
     assert_close(run_in_pieces(narrow.compile(layer(shape)), CACHE, tokens, [33, 1, 6]), whole, TOLERANCE)
 
 
-def test_long_context_is_split_over_threads(narrow: Candidate) -> None:
+def test_long_context_is_split_over_threads(narrow: Narrow) -> None:
     """One new token after 1,500 and 700 others, two sequences together."""
     program = layer(SHAPES["one-kv-head"])
     cache = CacheConfig(blocks=100, block_size=32, state_slots=2)
@@ -66,7 +80,7 @@ def test_long_context_is_split_over_threads(narrow: Candidate) -> None:
         assert_close(ours.run(batch), reference.run(batch), TOLERANCE)
 
 
-def test_a_broken_sequence_leaves_nothing_to_the_next(narrow: Candidate) -> None:
+def test_a_broken_sequence_leaves_nothing_to_the_next(narrow: Narrow) -> None:
     """A sequence whose values are not numbers had the blocks before."""
     shape = SHAPES["plain"]
     tensors = Tensors(0)
@@ -81,7 +95,7 @@ def test_a_broken_sequence_leaves_nothing_to_the_next(narrow: Candidate) -> None
     np.testing.assert_array_equal(executor.run(sequences.step({0: [3, 1, 2]})), fresh)
 
 
-def test_blocks_are_half_as_large_and_move(narrow: Candidate) -> None:
+def test_blocks_are_half_as_large_and_move(narrow: Narrow) -> None:
     program = layer(SHAPES["two-layers"])
     wide = Candidate(CpuBackend(), narrow.isa).compile(program)
     executor, other = narrow.compile(program), narrow.compile(program)
