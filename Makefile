@@ -15,7 +15,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check test-torch test-page test-clients clients bench sanitize clean
+.PHONY: help serve test check test-metal test-torch test-page test-clients clients bench sanitize clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -32,6 +32,11 @@ check: $(VENV)/installed-test build/types/mixbit ## ruff, mypy --strict, import 
 	@MYPYPATH=build/types:. $(PY) -m mypy --cache-dir build/mypy --namespace-packages --explicit-package-bases \
 		-p mixbit.server -p mixbit.engine -p mixbit.kernels -p mixbit.configs -p tests
 	@$(VENV)/bin/lint-imports --no-cache
+
+test-metal: $(VENV)/installed-test ## the Metal kernels on this Mac's GPU against the reference
+	@$(PY) -c 'import sys; from mixbit.kernels.mlx.backend import MlxBackend; \
+		reason = MlxBackend("metal").unavailable(); sys.exit(reason and f"no Metal to test: {reason}")'
+	@$(PY) -m pytest -q tests/kernels -k "metal and not host"
 
 test-torch: $(VENV)-torch/installed ## parity against transformers and torch, in an environment of its own
 	@$(VENV)-torch/bin/python -m pytest -q tests/torch_parity

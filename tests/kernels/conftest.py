@@ -39,6 +39,8 @@ if importlib.util.find_spec("mlx") is not None:  # a GPU machine may do without
         from tests.metal.backend import HostMetalBackend
 
         CANDIDATES["metal-on-host"] = Candidate(HostMetalBackend())
+if MlxBackend("metal").unavailable() is None:
+    CANDIDATES["metal"] = Candidate(MlxBackend("metal", own_kernels=True))
 if CudaBackend().unavailable() is None:
     CANDIDATES["cuda"] = Candidate(CudaBackend(), rounding=4.0)  # tensor cores truncate
 REFERENCE = Candidate(ReferenceBackend())

@@ -18,7 +18,6 @@ from tests.kernels.builders import CACHE, Sequences
 from tests.kernels.cuda.fakes import FakeDevice
 from tests.kernels.test_executor import PROGRAM, VOCAB, last_rows
 
-
 # Without out projections in this model, two residual sums stay with their norms.
 STEP = ["embed", "matvec", "delta", "rms_norm", "matvec", "experts_hidden", "experts_project"]
 STEP += [
@@ -70,8 +69,7 @@ def test_a_step_is_one_graph_and_is_captured_once(device: FakeDevice) -> None:
         logits = executor.run(last_rows(sequences, {0: [1], 1: [2]}))
         assert logits.shape == (2, VOCAB)
     assert (device.captured, len(device.replayed), device.launched) == (1, 3, [])
-    kernels = [launch[0][1] for launch in device.replayed[0]]
-    assert kernels == STEP
+    assert kernels(device.replayed[0]) == STEP
     executor.run(last_rows(sequences, {0: [1]}))
     assert device.captured == 2
 
@@ -86,7 +84,7 @@ def test_many_rows_are_launched_without_a_graph(device: FakeDevice) -> None:
 def test_a_step_without_logits_ends_before_the_head(device: FakeDevice) -> None:
     executor = compile_on(device, dtype="float32")
     assert executor.run(Sequences(CACHE, count=1).step({0: [1, 2]}, [])).shape == (0, VOCAB)
-    assert [launch[0][1] for launch in device.replayed[0]] == STEP[:-2]
+    assert kernels(device.replayed[0]) == STEP[:-2]
 
 
 def test_states_and_blocks_travel(device: FakeDevice) -> None:
@@ -119,7 +117,7 @@ def test_a_batch_lies_where_the_kernels_look(device: Any) -> None:
     assert not data.upload(batch(3))
 
     def at(place: int, count: int) -> list[int]:
-        memory = data._memory
+        memory: Any = data._memory
         start = place - memory.address
         found: list[int] = memory.bytes[start : start + 4 * count].view(np.int32).tolist()
         return found
