@@ -33,6 +33,10 @@ STEP += [
 ]
 
 
+def kernels(launches: Any) -> list[str]:
+    return [launch[0][1] for launch in launches]
+
+
 class Names:
     """Compiles to the name of the file."""
 
