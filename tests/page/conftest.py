@@ -20,8 +20,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # root has no sandbox
 
 
-# Not of the session: playwright keeps an event loop in this thread, and later tests want their own.
-@pytest.fixture(scope="package")
+# Of one module: playwright keeps an event loop in this thread, and other tests want their own.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if find_spec("playwright") is None:
         pytest.skip("playwright is not installed: `make test-page` installs it")
