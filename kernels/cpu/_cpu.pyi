@@ -57,7 +57,6 @@ class Program:
         blocks: int,
         block_size: int,
         state_slots: int,
-        narrow_kv: bool,
         precision: Precision,
         threads: int,
         isa: str,
