@@ -1,8 +1,8 @@
 // The main loop of y = x W^T on tensor cores, W as a checkpoint stores it: codes are expanded to bfloat16 tiles in
 // shared memory while the tensor cores work on the tile before.
 //
-// A block makes BM rows (tokens) by BN columns (rows of W), in steps of 64 along the depth; its WARPS_M x WARPS_N warps
-// each make 16 x 128 of it or, where there are no warpgroup instructions, share a warpgroup's 64 x 128 in the same way.
+// A block makes BM rows (tokens) by BN columns (rows of W), in steps of 64 along the depth. Of that each of its
+// WARPS_M x WARPS_N warps holds 16 x 128; on Hopper four warps, a warpgroup, work as one on 64 x 128.
 // STAGES tiles of activations and of codes are held, and two of expanded weights. Defined by the including text: BM, BN,
 // WARPS_M, WARPS_N, STAGES.
 
