@@ -23,6 +23,12 @@ DEVICE void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"
 // Bring what no kernel writes nearer before the wait.
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+DEVICE void prefetch_run(const void* p, uint bytes) {  // a multiple of 16, as the address
+#if __CUDA_ARCH__ >= 900
+  if (bytes > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+#endif
+}
+
 DEVICE float to_float(float x) { return x; }
 DEVICE float to_float(bfloat x) { return __bfloat162float(x); }
 DEVICE float to_float(__half x) { return __half2float(x); }

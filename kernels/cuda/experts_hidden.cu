@@ -29,7 +29,10 @@ DEVICE void hidden_tile(const Operands& m, int OUT, ulong expert, bool waited, c
     up.template load<UGS>(up, m.up, m.up_scales, m.up_biases, at, warp * UP_COUNT, lane);
   };
   load(begin);
-  if (!waited) wait_for_inputs();
+  if (!waited) {
+    wait_for_inputs();
+    let_next_start();
+  }
   const T* row = g < columns ? x + (long long)g * DIM : nullptr;
 #ifndef WITH_NORM
   norm_weight = nullptr;
@@ -109,11 +112,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : TILES 
 experts_hidden(const T* x, const T* norm_weight, float eps, const int* experts, const __grid_constant__ Operands routed,
                const __grid_constant__ Operands shared, T* hidden, T* shared_hidden, int rows) {
   __shared__ float partial[WARPS * TILES][2][4][32], squares[WARPS][8];
-  let_next_start();
   const int pairs = rows * TOP_K, job = blockIdx.x, first = (job - pairs) * 8;
   const bool chosen = job < pairs;
   const int out_dim = chosen ? HIDDEN : SHARED_HIDDEN;
-  if (chosen || blockIdx.y * TILES * 16 >= out_dim) wait_for_inputs();
+  // The next kernel starts when the choice of experts is known, which it reads at once.
+  if (chosen || blockIdx.y * TILES * 16 >= out_dim) {
+    wait_for_inputs();
+    let_next_start();
+  }
   if (blockIdx.y * TILES * 16 >= out_dim) return;
   const ulong expert = chosen ? experts[job] : 0;
   const T* input = x + (long long)(chosen ? job / max(1, TOP_K) : first) * DIM;

@@ -15,6 +15,7 @@ from mixbit.kernels.cuda.prefill_moe import MlpWeights
 from mixbit.kernels.cuda.step import as_struct
 
 _MOST_WARPS = 16
+_WARPS_OF_ONE = 24  # where one row's experts are all there is
 _ROWS = 16  # of a tile
 
 
@@ -140,8 +141,9 @@ def _project(
     """The weighted sum of the experts' outputs."""
     down, shared = weights.experts.down, weights.shared
     jobs = weights.top_k + (shared is not None)
-    split = max(1, min(ceil_div(padded(down) // group_of(down), 4), _MOST_WARPS // jobs))
-    warps = min(_MOST_WARPS, jobs * split)
+    most = _WARPS_OF_ONE if rows == 1 else _MOST_WARPS
+    split = max(1, min(ceil_div(padded(down) // group_of(down), 4), most // jobs))
+    warps = min(most, jobs * split)
     defines = [*kind.defines, f"OUT {down.rows}", f"WARPS {warps}", f"SPLIT {split}", f"TOP_K {weights.top_k}"]
     tiles = _tiles(rows)
     defines += [

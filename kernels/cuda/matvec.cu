@@ -94,6 +94,14 @@ DEVICE void product(const T* x, const T* norm_weight, float eps, const T* residu
     slab.template load<GROUPS>(slab, matrix.codes, matrix.scales, matrix.biases, at, (pass * WARPS + warp) * COUNT, lane);
   };
   load(0, begin);
+  if (threadIdx.x == 0) {  // what this block reads first, of which it has loaded a part
+    constexpr uint ROW = GROUPS * GROUP * BITS / 8, SCALES = BITS <= 8 ? GROUPS * sizeof(S) : 0;
+    const ulong row = (begin + 1) * 16;
+    const uint count = 16 * max(0, min(TILES, (matrix.rows - begin * 16) / 16) - 1);  // whole tiles
+    prefetch_run((const uchar*)matrix.codes + row * ROW, count * ROW);
+    prefetch_run((const uchar*)matrix.scales + row * SCALES, count * SCALES);
+    prefetch_run((const uchar*)matrix.biases + row * SCALES, count * SCALES);
+  }
 #ifdef WITH_NORM
 #pragma unroll
   for (int i = 0; i < COUNT; i++)
