@@ -81,7 +81,8 @@ def serving_demo() -> Iterator[Server]:
         values = json.loads(config.read_text()) if config.exists() else {}
         config.unlink(missing_ok=True)
         config.write_text(json.dumps({**values, "temperature": 0}))
-        with serving([*SERVE, "--model", directory, "--served-name", DEMO_NAME, "--no-disk-cache"]) as server:
+        options = ["--model", directory, "--served-name", DEMO_NAME, "--no-disk-cache", "--precision", "exact"]
+        with serving([*SERVE, *options]) as server:
             yield server
 
 
