@@ -1,27 +1,33 @@
 """What a grammar costs: decode of one engine with and without, in alternating runs.
 
-    python bench/constrained.py [--model PATH] [--tokens N] [--rounds N] [--batch N]
+    python bench/constrained.py [--model PATH] [--tokens N] [--rounds N] [--batch N] [--stall]
 
 Prints milliseconds per step, the median over rounds, and the ratio to the free runs of the same session; and, for
 machines that others use too, the processor time that choosing one token takes of the thread that runs the steps,
-and of the others, which work while the device does.
+and of the others, which work while the device does. With --stall instead: how long a running stream of a new worker
+pauses at most, before and after the first grammar comes.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import itertools
 import json
+import math
 import statistics
 import time
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from mixbit.engine.build import build
+from mixbit.engine.client import EngineClient
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.core import EngineCore
 from mixbit.engine.demo import ensure_demo
-from mixbit.engine.protocol import Generate, Grammar, Sampling, Schema
+from mixbit.engine.protocol import Finished, Generate, Grammar, Sampling, Schema
 
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -85,14 +91,57 @@ def processor_time(core: EngineCore, vocab_size: int, case: str, tokens: int) ->
     return here / tokens * 1e6, (all_threads - here) / tokens * 1e6
 
 
+async def stall(model: str) -> None:
+    """Print the longest pause between texts of a stream, before a first grammar and from then on."""
+    async with EngineClient(EngineConfig(model=model)) as engine:
+        await engine.wait_ready()
+        await asyncio.sleep(3)
+        free = Generate(
+            request_id="free",
+            prompt="A long story: ",
+            add_special_tokens=False,
+            sampling=Sampling(temperature=0.7, seed=0),
+            max_tokens=400,
+            ignore_eos=True,
+        )
+        shaped = msgspec.structs.replace(free, request_id="shaped", max_tokens=20, grammar=CASES["schema"])
+        times: list[float] = []
+        began = math.inf
+        async with await engine.generate(free) as stream:
+            async for event in stream:
+                times.append(time.perf_counter())
+                if len(times) == 150:
+                    began = times[-1]
+                    other = asyncio.create_task(read(engine, shaped))
+                if isinstance(event, Finished):
+                    break
+        await other
+    pauses = list(itertools.pairwise(times))
+    for when, chosen in (
+        ("before", [b - a for a, b in pauses[5:] if b <= began]),
+        ("after", [b - a for a, b in pauses if b > began]),
+    ):
+        print(f"{when:7s} longest {max(chosen) * 1000:7.1f} ms   median {statistics.median(chosen) * 1000:7.1f} ms")
+
+
+async def read(engine: EngineClient, message: Generate) -> None:
+    async with await engine.generate(message) as stream:
+        async for _ in stream:
+            pass
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--stall", action="store_true")
     arguments = parser.parse_args()
     model = arguments.model or str(ensure_demo(lambda *_: None))
+    if arguments.stall:
+        asyncio.run(stall(model))
+        return
     built = build(EngineConfig(model=model), lambda *_: None)
     core = built.core
     for case in CASES:
