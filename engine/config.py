@@ -25,7 +25,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: CPU threads, 0 for one a core. context_length: tokens, None for the model's own.
     max_running: sequences in a batch. max_queue: requests waiting beyond that. step_tokens: rows of the
     largest batch, so also the prefill chunk. cache_bytes: bytes for KV and states, None for a share of
-    the memory that is free after loading. block_size: tokens in a KV block. top_k_experts: overrides the
+    the memory that is free after loading. memory_share: of the free memory, what this engine may count as its own;
+    below 1 where other engines run beside it. block_size: tokens in a KV block. top_k_experts: overrides the
     model's experts per token. disk_cache: directory for prefixes that survive the process, None for none.
     disk_cache_bytes: what it may hold. isa, dtype, precision, profile: as in kernels' ExecutorOptions. log_format:
     "text" or "json".
@@ -40,6 +41,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: int = 256
     step_tokens: int = 512
     cache_bytes: int | None = None
+    memory_share: float = 1.0
     block_size: int = 32
     disk_cache: str | None = None
     disk_cache_bytes: int = 8 << 30
@@ -66,6 +68,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"{name} is {value}; it must be at least {low}")
+        if not 0 < self.memory_share <= 1:
+            raise ConfigError(f"memory_share is {self.memory_share}; it must be above 0 and at most 1")
         if self.dtype not in (None, *_DTYPES):
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(_DTYPES)}")
         if self.kernels not in KERNELS:

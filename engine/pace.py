@@ -15,16 +15,19 @@ class Pace:
 
     A step of decodes and a prefill shall take at most `slowdown` times a step of the decodes alone. But a
     prefill keeps at least `share` of the rate it has alone: where small chunks are much dearer per token
-    than large ones (experts are read again for each), waiting costs less than never arriving.
+    than large ones (experts are read again for each), waiting costs less than never arriving. What it has alone is
+    measured at the beginning of prompts; as prefills of one size become dearer with their context, it counts as less.
     """
 
-    def __init__(self, longest: int, *, slowdown: float = 3.0, share: float = 0.25) -> None:
+    def __init__(self, longest: int, *, slowdown: float = 2.5, share: float = 0.25) -> None:
         self._sizes = _ladder(longest)
         self._slowdown, self._share = slowdown, share
         self._decodes: dict[int, deque[float]] = {}  # seconds of steps without prefill, by size class of the batch
         self._extra: dict[int, deque[float]] = {}  # seconds that a prefill of this size adds
         self._alone: deque[float] = deque(maxlen=_REMEMBERED)  # tokens per second of the largest prefills alone
         self._largest = 1  # tokens of such a prefill
+        self._whole: dict[int, deque[float]] = {}  # seconds of prefills alone, by size
+        self._dearer: deque[float] = deque([1.0], maxlen=_REMEMBERED)  # what prefills beside decodes take, over those
         self._used: set[int] = set()  # sizes measured since the last step of decodes alone
         self._mixed = 0  # steps of both since then
 
@@ -44,6 +47,10 @@ class Pace:
             extra = seconds - (self._base(decodes) or 0.0)
             _add(self._extra, size, max(extra, 0.0) * size / prefill)
             self._used.add(size)
+            if not decodes:
+                _add(self._whole, size, seconds * size / prefill)
+            elif any(size <= 2 * known <= 4 * size for known in self._whole):
+                self._dearer.append(max(1.0, extra * size / prefill / _estimate(self._whole, size)))
 
     def limit(self, decodes: int) -> int:
         """Tokens of prefill that the next step may have beside `decodes` sequences.
@@ -56,7 +63,9 @@ class Pace:
         if not self._extra:
             return self._sizes[0]
         allowed = (self._slowdown - 1) * base
-        least = self._share * statistics.median(self._alone) if self._alone else 0.0
+        least = 0.0
+        if self._alone:
+            least = self._share * statistics.median(self._alone) / statistics.median(self._dearer)
         chosen = max((size for size in self._sizes if self._cost(size) <= allowed), default=self._sizes[0])
         for size in self._sizes:
             if size >= chosen and size >= least * (base + self._cost(size)):
@@ -76,9 +85,14 @@ class Pace:
         return statistics.median(seconds) if seconds else None
 
     def _cost(self, size: int) -> float:
-        """Seconds that a prefill adds: measured, or in proportion to the nearest size that was."""
-        nearest = min(self._extra, key=lambda known: max(known / size, size / known))
-        return statistics.median(self._extra[nearest]) * size / nearest
+        """Seconds that a prefill adds."""
+        return _estimate(self._extra, size)
+
+
+def _estimate(known: dict[int, deque[float]], size: int) -> float:
+    """Seconds of a size: measured, or in proportion to the nearest size that was."""
+    nearest = min(known, key=lambda each: max(each / size, size / each))
+    return statistics.median(known[nearest]) * size / nearest
 
 
 def _ladder(longest: int) -> list[int]:

@@ -81,6 +81,8 @@ def warm_up(executor: Executor, cache: CacheConfig, step_tokens: int) -> list[tu
     seconds(size - 1, 1)
     timed = [(1, 0, seconds(size - 1, 1)) for _ in range(3)]
     end = time.perf_counter() + _TIMED_SECONDS
-    while (size := 2 * size) <= longest and time.perf_counter() + 2 * timed[-1][2] < end:
+    size = _WARM_TOKENS // 2
+    while size <= longest and time.perf_counter() + 2 * timed[-1][2] < end:
         timed.append((0, size, seconds(0, size)))
+        size *= 2
     return timed

@@ -55,9 +55,9 @@ def cache_config(
     and those kept for later prompts. Models with recurrent layers get further state slots for checkpoints, in
     at most half of what one useful sequence leaves.
 
-    Without config.cache_bytes half of what the weights will leave free is used; weights larger than memory
-    are read again and again from disk, and leave an eighth. Values count as float32, unless a narrower
-    dtype is asked for. A `backend` may say how wide values are; one with memory of its own also says how much there is,
+    Without config.cache_bytes half of what the weights will leave free is used, or config.memory_share of that;
+    weights larger than memory are read again and again from disk, and leave an eighth. Values count as float32,
+    unless a narrower dtype is asked for. A `backend` may say how wide values are; one with memory of its own also says how much there is,
     and there the weights must fit. Raises CacheError if they do not, or not even one sequence of a useful length does.
     """
     available, width = available_memory(), 2 if config.dtype in {"float16", "bfloat16"} else 4
@@ -70,7 +70,8 @@ def cache_config(
             )
     elif isinstance(backend, NarrowCache):
         width = backend.value_bytes_for(config.precision)
-    budget = config.cache_bytes or max(available - weight_bytes, available // 8) // 2
+    left_free = max(available - weight_bytes, available // 8)
+    budget = config.cache_bytes or int(config.memory_share * left_free) // 2
     slot = slot_bytes(program)
     states = slot * config.max_running
     each = block_bytes(program, config.block_size, width)

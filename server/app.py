@@ -6,10 +6,8 @@ from fastapi import FastAPI, Security
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
-from mixbit.engine.client import Engine
 from mixbit.server import errors
 from mixbit.server.metrics import Metrics
-from mixbit.server.model import ServedModel
 from mixbit.server.observe import Observer
 from mixbit.server.routes import (
     chat,
@@ -28,7 +26,7 @@ from mixbit.server.routes import (
 from mixbit.server.schema.common import ErrorResponse
 from mixbit.server.schema.messages import AnthropicError
 from mixbit.server.security import Guard
-from mixbit.server.service import Service
+from mixbit.server.service import Services
 from mixbit.server.settings import Access
 from mixbit.server.version import VERSION
 
@@ -56,8 +54,8 @@ def _refusals(form: type[BaseModel]) -> Responses:
     return {**listed, "default": {"model": form, "description": "Any other error"}}
 
 
-def create_app(engine: Engine, model: ServedModel, access: Access) -> FastAPI:
-    """The ASGI application that serves `model` with `engine` to whom `access` lets in."""
+def create_app(services: Services, access: Access) -> FastAPI:
+    """The ASGI application that offers `services` to whom `access` lets in."""
     app = FastAPI(
         title="Mixbit",
         version=VERSION,
@@ -65,8 +63,8 @@ def create_app(engine: Engine, model: ServedModel, access: Access) -> FastAPI:
         docs_url=None,  # routes/docs.py
         redoc_url=None,
     )
-    app.state.service = Service(engine, model)
-    app.state.metrics = Metrics(engine)
+    app.state.services = services
+    app.state.metrics = Metrics(services)
     for route in (chat, completions, responses, embeddings, infill, llama):
         app.include_router(route.router, responses=_refusals(ErrorResponse), dependencies=[_KEY])
     app.include_router(messages.router, responses=_refusals(AnthropicError), dependencies=[_KEY])

@@ -57,7 +57,7 @@ class Steps:
         self._stage = stage
 
 
-def show_panel(url: str, model: ServedModel, ready: Ready, *, with_key: bool, local: bool) -> None:
+def show_panel(url: str, models: list[tuple[ServedModel, Ready]], *, with_key: bool, local: bool) -> None:
     """Where the server is, what it serves, on what, and a line to try."""
     console = Console(highlight=False)
     rows = Table.grid(padding=(0, 2))
@@ -66,17 +66,20 @@ def show_panel(url: str, model: ServedModel, ready: Ready, *, with_key: bool, lo
     page = url.removesuffix("/v1")
     rows.add_row("URL", f"[link={url}]{url}[/link]")
     rows.add_row("Page", f"[link={page}]{page}[/link]")
-    names = model.name if len(model.names) == 1 else f"{model.name} (also {', '.join(model.names[1:])})"
-    rows.add_row("Model", names)
-    rows.add_row("Weights", f"{model.quantization}; {_size(ready.weight_bytes)}, loaded in {ready.load_seconds:.1f} s")
-    rows.add_row("Backend", ready.backend_reason)
-    rows.add_row("Context", f"{ready.context_length:,} tokens; KV cache {_size(ready.cache_bytes)}")
+    for model, ready in models:
+        names = model.name if len(model.names) == 1 else f"{model.name} (also {', '.join(model.names[1:])})"
+        rows.add_row("Model", names)
+        loaded = f"{_size(ready.weight_bytes)}, loaded in {ready.load_seconds:.1f} s"
+        rows.add_row("Weights", f"{model.quantization}; {loaded}")
+        rows.add_row("Backend", ready.backend_reason)
+        rows.add_row("Context", f"{ready.context_length:,} tokens; KV cache {_size(ready.cache_bytes)}")
+        if model.template is None:
+            rows.add_row("Chat", f"[yellow]off: {model.template_problem}[/yellow]")
     rows.add_row("Access", ("this machine" if local else "any machine") + (", with an API key" if with_key else ""))
-    if model.template is None:
-        rows.add_row("Chat", f"[yellow]off: {model.template_problem}[/yellow]")
     console.print(Panel(rows, title="[bold]Mixbit[/bold]", title_align="left", expand=False, border_style="cyan"))
     console.print("Try it:", style="bold")
-    console.print(_curl(url, with_key=with_key, chat=model.template is not None), soft_wrap=True, markup=False)
+    chat = models[0][0].template is not None
+    console.print(_curl(url, with_key=with_key, chat=chat), soft_wrap=True, markup=False)
     console.print("Ctrl-C stops it.", style="dim")
 
 

@@ -10,9 +10,10 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from mixbit.engine.client import Engine, EngineState
+from mixbit.engine.client import EngineState
 from mixbit.engine.protocol import Stats
 from mixbit.server.observe import Record
+from mixbit.server.service import Services
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -21,10 +22,24 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
+_GAUGES = {
+    "ready": "1 while requests are taken",
+    "requests_running": "Choices in the batch",
+    "requests_waiting": "Choices in the queue",
+    "cache_bytes": "Allocated for KV and states",
+}
+_COUNTERS = {
+    "worker_restarts": "Workers that died and were replaced",
+    "steps": "Steps of the worker that runs now",
+    "preemptions": "Requests that gave up their memory for others",
+    "leaks": "Times that something was held when nothing ran",
+}
+
+
 class Metrics:
     """The numbers of one application: a `Meter`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, services: Services) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a time for each series: nobody asks
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
@@ -47,7 +62,7 @@ class Metrics:
             registry=registry,
             buckets=_BETWEEN,
         )
-        registry.register(_EngineCollector(engine))
+        registry.register(_EngineCollector(services))
         ProcessCollector(registry=registry)
 
     def first_token(self, seconds: float) -> None:
@@ -79,33 +94,29 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """What the engine says of itself, read when asked."""
+    """What the engines say of themselves, read when asked; labelled with the name of the model."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, services: Services) -> None:
+        self._services = services
 
     def collect(self) -> Iterator[Metric]:
         """Zero where there is no worker."""
-        engine, ready = self._engine, self._engine.ready
-        stats = engine.stats or Stats()
-        yield _gauge("mixbit_ready", "1 while requests are taken", int(engine.state is EngineState.READY))
-        yield _gauge("mixbit_requests_running", "Choices in the batch", stats.running)
-        yield _gauge("mixbit_requests_waiting", "Choices in the queue", stats.waiting)
-        yield _gauge("mixbit_cache_bytes", "Allocated for KV and states", ready.cache_bytes if ready else 0)
-        block_bytes = ready.block_bytes if ready else 0
-        kv = GaugeMetricFamily("mixbit_kv_bytes", "KV that running requests use, or kept for others", labels=["state"])
-        kv.add_metric(["used"], stats.blocks_used * block_bytes)
-        kv.add_metric(["cached"], stats.blocks_cached * block_bytes)
-        yield kv
-        yield _counter("mixbit_worker_restarts", "Workers that died and were replaced", engine.restarts)
-        yield _counter("mixbit_steps", "Steps of the worker that runs now", stats.steps)
-        yield _counter("mixbit_preemptions", "Requests that gave up their memory for others", stats.preemptions)
-        yield _counter("mixbit_leaks", "Times that something was held when nothing ran", stats.leaks)
-
-
-def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
-    return GaugeMetricFamily(name, text, value=value)
-
-
-def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
-    return CounterMetricFamily(name, text, value=value)
+        gauges = {n: GaugeMetricFamily(f"mixbit_{n}", text, labels=["model"]) for n, text in _GAUGES.items()}
+        counters = {n: CounterMetricFamily(f"mixbit_{n}", text, labels=["model"]) for n, text in _COUNTERS.items()}
+        kv_text = "KV that running requests use, or kept for others"
+        kv = GaugeMetricFamily("mixbit_kv_bytes", kv_text, labels=["model", "state"])
+        for service in self._services.all:
+            name, engine, ready = service.model.name, service.engine, service.engine.ready
+            stats = engine.stats or Stats()
+            gauges["ready"].add_metric([name], int(engine.state is EngineState.READY))
+            gauges["requests_running"].add_metric([name], stats.running)
+            gauges["requests_waiting"].add_metric([name], stats.waiting)
+            gauges["cache_bytes"].add_metric([name], ready.cache_bytes if ready and engine.stats else 0)
+            block_bytes = ready.block_bytes if ready else 0
+            kv.add_metric([name, "used"], stats.blocks_used * block_bytes)
+            kv.add_metric([name, "cached"], stats.blocks_cached * block_bytes)
+            counters["worker_restarts"].add_metric([name], engine.restarts)
+            counters["steps"].add_metric([name], stats.steps)
+            counters["preemptions"].add_metric([name], stats.preemptions)
+            counters["leaks"].add_metric([name], stats.leaks)
+        yield from (*gauges.values(), kv, *counters.values())

@@ -1,4 +1,4 @@
-"""What routes work with: the engine, the model, and the question whether a request means it."""
+"""What routes work with: engines, their models, and the question which one a request means."""
 
 from __future__ import annotations
 
@@ -19,11 +19,21 @@ class Service:
     engine: Engine
     model: ServedModel
 
-    def require_model(self, name: str | None) -> None:
-        """Raise a 404 unless `name` is a name of the served model; no name means it."""
-        if name is None or name in self.model.names:
-            return
-        names = ", ".join(repr(each) for each in self.model.names)
+
+@dataclass(frozen=True)
+class Services:
+    """All that is served here, at least one; the first is meant where a request names none."""
+
+    all: tuple[Service, ...]
+
+    def of(self, name: str | None) -> Service:
+        """The service whose model has this name. Raises a 404 if there is none."""
+        if name is None:
+            return self.all[0]
+        for service in self.all:
+            if name in service.model.names:
+                return service
+        names = ", ".join(repr(each) for service in self.all for each in service.model.names)
         raise ApiError(
             404,
             f"The model {name[:200]!r} does not exist; this server has {names}.",
@@ -32,10 +42,10 @@ class Service:
         )
 
 
-def _service(request: Request) -> Service:
-    service = request.app.state.service
-    assert isinstance(service, Service)
-    return service
+def _services(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
 
 
-CurrentService = Annotated[Service, Depends(_service)]
+CurrentServices = Annotated[Services, Depends(_services)]

@@ -1,6 +1,6 @@
-"""The life of a server process: port, model, worker, HTTP, and a good end.
+"""The life of a server process: port, models, workers, HTTP, and a good end.
 
-The worker is started before the web stack is imported: it loads the model meanwhile.
+The workers, one for each model, are started before the web stack is imported: they load meanwhile.
 """
 
 from __future__ import annotations
@@ -31,18 +31,27 @@ class PortError(UserError):
 
 
 @dataclass(frozen=True)
+class ModelPlan:
+    """One model to serve. names: the served name and its aliases."""
+
+    engine: EngineConfig
+    names: tuple[str, ...]
+    chat_template: Path | None = None
+
+
+@dataclass(frozen=True)
 class Serving:
     """What to serve, where, and to whom.
 
-    request_timeout: seconds, None for no limit. shutdown_seconds: what running requests get to finish. names: the
-    served name and its aliases. local: a loopback address.
+    request_timeout: seconds, None for no limit. unload_after: seconds without a request after which a model is
+    unloaded until the next, None: never. shutdown_seconds: what running requests get to finish. local: a loopback
+    address.
     """
 
-    engine: EngineConfig
+    models: tuple[ModelPlan, ...]
     request_timeout: float | None
+    unload_after: float | None
     shutdown_seconds: float
-    names: tuple[str, ...]
-    chat_template: Path | None
     host: str
     port: int
     local: bool
@@ -89,7 +98,10 @@ class _Process:
 
     def __init__(self, serving: Serving, sock: socket.socket, steps: Steps) -> None:
         self._serving, self._sock, self._steps = serving, sock, steps
-        self._engine = EngineClient(serving.engine, request_timeout=serving.request_timeout)
+        self._engines = [
+            EngineClient(plan.engine, request_timeout=serving.request_timeout, idle_timeout=serving.unload_after)
+            for plan in serving.models
+        ]
         self._stop = asyncio.Event()
 
     async def main(self) -> int:
@@ -97,62 +109,78 @@ class _Process:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
         try:
-            await self._engine.start()
+            for engine in self._engines:
+                await engine.start()
             await self._serve()
         finally:
             self._steps.close()
-            await self._engine.close()
+            await self._close()
         return 0
+
+    async def _close(self) -> None:
+        await asyncio.gather(*(engine.close() for engine in self._engines))
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
-            os._exit(130)  # asked twice; the worker ends when its socket closes
+            os._exit(130)  # asked twice; workers end when their sockets close
         self._stop.set()
 
-    def _build(self) -> tuple[Server, ServedModel]:
+    def _build(self) -> tuple[Server, list[ServedModel]]:
         from mixbit.server.app import create_app
         from mixbit.server.model import describe_model
+        from mixbit.server.service import Service, Services
         from mixbit.server.web import make_server
 
         serving = self._serving
-        model = describe_model(Path(serving.engine.model), serving.names, serving.chat_template)
-        return make_server(create_app(self._engine, model, serving.access), serving.shutdown_seconds), model
+        models = [describe_model(Path(plan.engine.model), plan.names, plan.chat_template) for plan in serving.models]
+        services = Services(tuple(map(Service, self._engines, models)))
+        return make_server(create_app(services, serving.access), serving.shutdown_seconds), models
 
     async def _serve(self) -> None:
-        server, model = await asyncio.to_thread(self._build)  # the loop starts the worker meanwhile
+        server, models = await asyncio.to_thread(self._build)  # the loop starts the workers meanwhile
         serving = self._serving
         http = asyncio.create_task(server.serve(sockets=[self._sock]))
         stop = asyncio.create_task(self._stop.wait())
         try:
             if ready := await self._until_ready(stop):
                 self._steps.close()
-                show_panel(self._url(), model, ready, with_key=bool(serving.access.keys), local=serving.local)
+                served = list(zip(models, ready, strict=True))
+                show_panel(self._url(), served, with_key=bool(serving.access.keys), local=serving.local)
                 await self._until_over(stop, http)
         finally:
             # Running requests get some time; closing the engine then ends their streams with an error event.
             server.should_exit = True
             await asyncio.wait({http}, timeout=serving.shutdown_seconds)
-            await self._engine.close()
+            await self._close()
             await http
             stop.cancel()
 
-    async def _until_ready(self, stop: asyncio.Task[bool]) -> Ready | None:
-        """Show progress until the model is loaded; None if told to stop. Raises EngineFailed."""
-        ready = asyncio.create_task(self._engine.wait_ready())
+    async def _until_ready(self, stop: asyncio.Task[bool]) -> list[Ready] | None:
+        """Show progress until all models are loaded; None if told to stop. Raises EngineFailed."""
+        ready = asyncio.create_task(self._all_ready())
         try:
             while not (ready.done() or stop.done()):
-                if step := self._engine.progress:
-                    self._steps.update(step.stage, step.done, step.total)
+                self._show_progress()
                 await asyncio.wait({ready, stop}, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
             return None if stop.done() else ready.result()
         finally:
             ready.cancel()
 
+    async def _all_ready(self) -> list[Ready]:
+        return await asyncio.gather(*(engine.wait_ready() for engine in self._engines))
+
+    def _show_progress(self) -> None:
+        for plan, engine in zip(self._serving.models, self._engines, strict=True):
+            if step := engine.progress:
+                several = f"{plan.names[0]}: " if len(self._engines) > 1 else ""
+                self._steps.update(several + step.stage, step.done, step.total)
+                return
+
     async def _until_over(self, stop: asyncio.Task[bool], http: asyncio.Task[None]) -> None:
-        """Wait for the end. Raises EngineFailed if the engine has given up."""
+        """Wait for the end. Raises EngineFailed if every engine has given up."""
         while not (stop.done() or http.done()):
-            if self._engine.state is EngineState.FAILED:
-                raise EngineFailed(self._engine.message or "the engine has failed")
+            if all(engine.state is EngineState.FAILED for engine in self._engines):
+                raise EngineFailed(self._engines[0].message or "the engine has failed")
             await asyncio.wait({stop, http}, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
 
     def _url(self) -> str:

@@ -15,12 +15,14 @@ from mixbit.engine.errors import UserError
 
 if TYPE_CHECKING:
     from mixbit.engine.logs import LogFormat
+    from mixbit.server.serving import ModelPlan
     from mixbit.server.settings import Access
 
 _EPILOG = """examples:
   mixbit serve
   mixbit serve --model mlx-community/Qwen3-Coder-Next-4bit --context-length 65536
   mixbit serve --model ./my-model --alias gpt-4o --alias local
+  mixbit serve --model ./chat-model --model ./code-model=autocomplete
   MIXBIT_API_KEY=secret mixbit serve --host 0.0.0.0
 
 Without a key the server listens on this machine only and answers requests that name it by a local name."""
@@ -41,7 +43,11 @@ def add_parser(commands: Any) -> None:
     )
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", metavar="PATH_OR_HUB_ID", default="demo", help="directory or hub id (default: the demo model)"
+        "--model",
+        metavar="PATH_OR_HUB_ID[=NAME]",
+        dest="models",
+        action="append",
+        help="directory or hub id, and a further name (default: the demo model); repeatable, for several models",
     )
     model.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     model.add_argument("--served-name", metavar="NAME", help="the model's name (default: its hub id or directory)")
@@ -55,7 +61,16 @@ def add_parser(commands: Any) -> None:
     engine.add_argument("--max-running", metavar="N", type=int, default=16, help="requests in a batch (default: 16)")
     engine.add_argument("--max-queue", metavar="N", type=int, default=256, help="requests waiting (default: 256)")
     engine.add_argument(
-        "--cache-memory", metavar="SIZE", type=_size, help="for the KV cache, such as 2G (default: from what is free)"
+        "--cache-memory",
+        metavar="SIZE",
+        type=_size,
+        help="for KV caches, all models together, such as 2G (default: from what is free)",
+    )
+    engine.add_argument(
+        "--unload-after",
+        metavar="SECONDS",
+        type=_seconds,
+        help="unload a model that no request has asked for so long; the next one loads it again (default: never)",
     )
     engine.add_argument(
         "--request-timeout", metavar="SECONDS", type=_seconds, help="for one request, waiting included (default: none)"
@@ -168,6 +183,8 @@ def run(args: argparse.Namespace) -> int:
             f"--host {args.host} lets other machines in, and there is no API key. Set --api-key, --api-key-file or "
             "MIXBIT_API_KEY, or say --allow-unauthenticated."
         )
+    import msgspec
+
     from mixbit.engine.config import EngineConfig
     from mixbit.engine.demo import prefix_directory
     from mixbit.engine.download import resolve_model
@@ -178,17 +195,19 @@ def run(args: argparse.Namespace) -> int:
     start_logging(args.log_level or ("info" if args.log_format == "json" else "warning"), args.log_format)
     if args.port:
         serving.listen(args.host, args.port).close()  # a taken port is said before a long download
+    wanted = models_wanted(args)
     with Steps() as steps:
-        directory = resolve_model(args.model, revision=args.revision, progress=steps.update)
-        config = EngineConfig(
-            model=str(directory),
+        directories = [resolve_model(given, revision=args.revision, progress=steps.update) for given, _ in wanted]
+        common = EngineConfig(
+            model=str(directories[0]),
             device=args.device,
             kernels=args.kernels,
             threads=args.threads,
             context_length=args.context_length,
             max_running=args.max_running,
             max_queue=args.max_queue,
-            cache_bytes=args.cache_memory,
+            cache_bytes=args.cache_memory and max(1, args.cache_memory // len(wanted)),
+            memory_share=1 / len(wanted),
             disk_cache=None if args.no_disk_cache else str(args.disk_cache or prefix_directory()),
             disk_cache_bytes=args.disk_cache_size,
             top_k_experts=args.k,
@@ -197,13 +216,21 @@ def run(args: argparse.Namespace) -> int:
             precision=args.precision,
             log_format=args.log_format,
         ).check()
+        plans = [
+            serving.ModelPlan(
+                engine=msgspec.structs.replace(common, model=str(directory)),
+                names=served_names(given, directory, args.served_name, names),
+                chat_template=args.chat_template,
+            )
+            for (given, names), directory in zip(wanted, directories, strict=True)
+        ]
+        refuse_shared_names(plans)
         return serving.run(
             serving.Serving(
-                engine=config,
+                models=tuple(plans),
+                unload_after=args.unload_after,
                 request_timeout=args.request_timeout,
                 shutdown_seconds=args.shutdown_timeout or HTTP.shutdown_seconds,
-                names=served_names(args, directory),
-                chat_template=args.chat_template,
                 host=args.host,
                 port=args.port,
                 local=is_loopback(args.host),
@@ -213,10 +240,43 @@ def run(args: argparse.Namespace) -> int:
         )
 
 
-def served_names(args: argparse.Namespace, directory: Path) -> tuple[str, ...]:
-    """The hub id as given, or the directory's name, unless another is asked for; then the aliases."""
-    given = args.model if args.model != "demo" and not Path(args.model).exists() else directory.resolve().name
-    return tuple(dict.fromkeys([args.served_name or given, *args.alias]))
+def models_wanted(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """What --model names, each with its further names. Raises ServeError for options that fit one model alone."""
+    given = args.models or ["demo"]
+    if len(given) > 1:
+        for option in ("served_name", "alias", "chat_template", "revision"):
+            if getattr(args, option):
+                raise ServeError(
+                    f"--{option.replace('_', '-')} is for one model, and {len(given)} are asked for; "
+                    "name them with --model PATH_OR_HUB_ID=NAME"
+                )
+    wanted = []
+    for text in given:
+        path, equals, name = text.rpartition("=")
+        split = bool(equals) and not Path(text).exists()
+        if split and not (path and name):
+            raise ServeError(f"--model {text}: write PATH_OR_HUB_ID=NAME")
+        wanted.append((path if split else text, [*args.alias, *([name] if split else [])]))
+    return wanted
+
+
+def served_names(given: str, directory: Path, served_name: str | None, further: list[str]) -> tuple[str, ...]:
+    """The hub id as given, or the directory's name, unless another is asked for; then the further ones."""
+    own = given if given != "demo" and not Path(given).exists() else directory.resolve().name
+    return tuple(dict.fromkeys([served_name or own, *further]))
+
+
+def refuse_shared_names(plans: list[ModelPlan]) -> None:
+    """Raise ServeError if one name would mean two models."""
+    seen: dict[str, str] = {}
+    for plan in plans:
+        for name in plan.names:
+            if name in seen:
+                raise ServeError(
+                    f"two models have the name {name!r}: {seen[name]} and {plan.engine.model}; "
+                    "give one another with --model PATH_OR_HUB_ID=NAME, or serve it under another directory name"
+                )
+            seen[name] = plan.engine.model
 
 
 def access_rules(args: argparse.Namespace, keys: tuple[str, ...]) -> Access:

@@ -31,7 +31,7 @@ from mixbit.server.schema.chat import (
     CreateChatCompletionResponse,
     CreateChatCompletionStreamResponse,
 )
-from mixbit.server.service import CurrentService, Service
+from mixbit.server.service import CurrentServices, Service
 
 router = APIRouter(tags=["completions"])
 
@@ -141,10 +141,10 @@ def _chunk(index: int, delta: Json, logprobs: Json | None = None, reason: str | 
     responses={200: {"description": "The answer; with `stream`, server-sent events of the second form and `[DONE]`."}},
 )
 async def create_chat_completion(
-    body: CreateChatCompletionRequest, request: Request, service: CurrentService
+    body: CreateChatCompletionRequest, request: Request, services: CurrentServices
 ) -> Response:
     """Continue a conversation."""
-    service.require_model(body.model)
+    service = services.of(body.model)
     refuse_unsupported(body)
     require_ready(service.engine)
     generate = await plan(body, service)

@@ -18,7 +18,7 @@ from mixbit.server.logprobs import completion_logprobs, of_prompt
 from mixbit.server.model import ServedModel
 from mixbit.server.output import explicit_grammar
 from mixbit.server.schema.completions import CreateCompletionRequest, CreateCompletionResponse
-from mixbit.server.service import CurrentService
+from mixbit.server.service import CurrentServices
 from mixbit.server.settings import REQUEST
 
 router = APIRouter(tags=["completions"])
@@ -94,9 +94,9 @@ def _choice(index: int, text: str, logprobs: Json | None = None, reason: FinishR
     response_model=CreateCompletionResponse,
     responses={200: {"description": "The answer; with `stream`, server-sent events of its pieces and `[DONE]`."}},
 )
-async def create_completion(body: CreateCompletionRequest, request: Request, service: CurrentService) -> Response:
+async def create_completion(body: CreateCompletionRequest, request: Request, services: CurrentServices) -> Response:
     """Continue a text, or several."""
-    service.require_model(body.model)
+    service = services.of(body.model)
     _refuse_unsupported(body)
     prompts, n = _prompts(body), body.n or 1
     if len(prompts) * n > REQUEST.max_choices:

@@ -20,7 +20,7 @@ from mixbit.server.generation import Batch, api_error, choice_seed, require_read
 from mixbit.server.model import ServedModel
 from mixbit.server.schema.common import SamplingFields
 from mixbit.server.schema.llama import InfillRequest, InfillResponse
-from mixbit.server.service import CurrentService
+from mixbit.server.service import CurrentServices
 from mixbit.server.settings import HTTP
 from mixbit.server.sse import EventStream, error_event, event
 
@@ -32,9 +32,9 @@ router = APIRouter(tags=["llama.cpp"])
     response_model=InfillResponse,
     responses={200: {"description": "The text for the gap; with `stream`, server-sent events of its pieces."}},
 )
-async def infill(body: InfillRequest, request: Request, service: CurrentService) -> Response:
+async def infill(body: InfillRequest, request: Request, services: CurrentServices) -> Response:
     """Fill in a gap in a file."""
-    service.require_model(body.model)
+    service = services.of(body.model)
     prompt = _prompt(body, service.model)
     require_ready(service.engine)
     started = time.perf_counter()

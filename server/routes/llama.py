@@ -16,15 +16,16 @@ from mixbit.server.schema.llama import (
     TokenizeResponse,
     TokenPiece,
 )
-from mixbit.server.service import CurrentService
+from mixbit.server.service import CurrentServices
 from mixbit.server.version import VERSION
 
 router = APIRouter(tags=["llama.cpp"])
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, service: CurrentService) -> TokenizeResponse:
+async def tokenize(body: TokenizeRequest, services: CurrentServices) -> TokenizeResponse:
     """Cut a text into tokens."""
+    service = services.of(body.model)
     require_ready(service.engine)
     try:
         tokens = await service.engine.tokenize(body.content, add_special_tokens=bool(body.add_special))
@@ -44,8 +45,9 @@ def _piece(token: int, data: bytes) -> TokenPiece:
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, service: CurrentService) -> DetokenizeResponse:
+async def detokenize(body: DetokenizeRequest, services: CurrentServices) -> DetokenizeResponse:
     """Write tokens as text."""
+    service = services.of(body.model)
     require_ready(service.engine)
     try:
         return DetokenizeResponse(content=await service.engine.detokenize(body.tokens))
@@ -54,21 +56,22 @@ async def detokenize(body: DetokenizeRequest, service: CurrentService) -> Detoke
 
 
 @router.get("/props")
-async def props(service: CurrentService) -> PropsResponse:
-    """What is served, and how."""
-    model, ready = service.model, service.engine.ready
-    sampling = resolve_sampling(SamplingFields.model_construct(), model.defaults)
+async def props(services: CurrentServices, model: str | None = None) -> PropsResponse:
+    """What is served, and how; of the first model, unless another is named."""
+    service = services.of(model)
+    served, ready = service.model, service.engine.ready
+    sampling = resolve_sampling(SamplingFields.model_construct(), served.defaults)
     names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
     params = {name: float(getattr(sampling, name)) for name in names}
-    constants = model.template.constants if model.template else {}
+    constants = served.template.constants if served.template else {}
     return PropsResponse(
         default_generation_settings=GenerationSettings(
             n_ctx=ready.context_length if ready else None,
             params={**params, "repeat_penalty": sampling.repetition_penalty},
         ),
-        model_alias=model.name,
-        model_path=model.name,
-        chat_template=model.template.source if model.template else "",
+        model_alias=served.name,
+        model_path=served.name,
+        chat_template=served.template.source if served.template else "",
         bos_token=constants.get("bos_token", ""),
         eos_token=constants.get("eos_token", ""),
         modalities={"vision": False, "audio": False},

@@ -32,7 +32,7 @@ from mixbit.server.schema.messages import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from mixbit.server.service import CurrentService
+from mixbit.server.service import CurrentServices
 from mixbit.server.settings import HTTP
 from mixbit.server.sse import EventStream, typed_event
 
@@ -49,9 +49,9 @@ router = APIRouter(tags=["Anthropic"])
         }
     },
 )
-async def create_message(body: CreateMessageRequest, request: Request, service: CurrentService) -> Response:
+async def create_message(body: CreateMessageRequest, request: Request, services: CurrentServices) -> Response:
     """Continue a conversation."""
-    service.require_model(body.model)
+    service = services.of(body.model)
     chat = to_chat(
         body,
         max_tokens=body.max_tokens,
@@ -70,9 +70,9 @@ async def create_message(body: CreateMessageRequest, request: Request, service: 
 
 
 @router.post("/v1/messages/count_tokens")
-async def count_message_tokens(body: CountTokensRequest, service: CurrentService) -> MessageTokensCount:
+async def count_message_tokens(body: CountTokensRequest, services: CurrentServices) -> MessageTokensCount:
     """Measure the prompt of a conversation."""
-    service.require_model(body.model)
+    service = services.of(body.model)
     return MessageTokensCount(input_tokens=await count_tokens(to_chat(body), service, "messages"))
 
 

@@ -8,25 +8,26 @@ from fastapi import APIRouter
 from mixbit.server.generation import require_ready
 from mixbit.server.schema.common import ErrorResponse
 from mixbit.server.schema.models import ActiveExperts, ListModelsResponse, Model, ModelTensors, TensorClass
-from mixbit.server.service import CurrentService, Service
+from mixbit.server.service import CurrentServices, Service
 
 router = APIRouter(tags=["models"])
 
 
 @router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models")
-async def list_models(service: CurrentService) -> ListModelsResponse:
-    """The served name first, then its aliases."""
-    return ListModelsResponse(object="list", data=[_model(service, name) for name in service.model.names])
+async def list_models(services: CurrentServices) -> ListModelsResponse:
+    """Every model under its name and its aliases."""
+    listed = [_model(service, name) for service in services.all for name in service.model.names]
+    return ListModelsResponse(object="list", data=listed)
 
 
 @router.get(
     "/v1/models/{model:path}/tensors",
     responses={404: {"model": ErrorResponse}, 503: {"model": ErrorResponse, "description": "Loading or restarting"}},
 )
-async def retrieve_tensors(model: str, service: CurrentService) -> ModelTensors:
+async def retrieve_tensors(model: str, services: CurrentServices) -> ModelTensors:
     """Every class of tensor: its width, its layers, what it takes; as `mixbit inspect` has them."""
-    service.require_model(model)
+    service = services.of(model)
     require_ready(service.engine)
     ready = service.engine.ready
     assert ready is not None
@@ -51,9 +52,9 @@ async def retrieve_tensors(model: str, service: CurrentService) -> ModelTensors:
 
 
 @router.get("/v1/models/{model:path}", responses={404: {"model": ErrorResponse}})
-async def retrieve_model(model: str, service: CurrentService) -> Model:
+async def retrieve_model(model: str, services: CurrentServices) -> Model:
     """One name; it may contain slashes, plain or as %2F."""
-    service.require_model(model)
+    service = services.of(model)
     return _model(service, model)
 
 

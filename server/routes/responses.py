@@ -21,7 +21,7 @@ from mixbit.server.errors import ApiError, error_object
 from mixbit.server.generation import api_error
 from mixbit.server.responses import functions, to_chat
 from mixbit.server.schema.responses import CreateResponseRequest, Response, WebSearchTool
-from mixbit.server.service import CurrentService
+from mixbit.server.service import CurrentServices
 from mixbit.server.settings import HTTP
 from mixbit.server.sse import EventStream, typed_event
 
@@ -39,9 +39,9 @@ router = APIRouter(tags=["completions"])
         }
     },
 )
-async def create_response(body: CreateResponseRequest, request: Request, service: CurrentService) -> HttpResponse:
+async def create_response(body: CreateResponseRequest, request: Request, services: CurrentServices) -> HttpResponse:
     """Continue a conversation, all of which is in the request."""
-    service.require_model(body.model)
+    service = services.of(body.model)
     answer = _Answer(body, service.model.name, await start(to_chat(body), service, "input"))
     if body.stream:
         return EventStream(answer.stream(), HTTP.keepalive_seconds, _error_event)

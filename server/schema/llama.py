@@ -17,6 +17,7 @@ class TokenizeRequest(RequestModel):
     """A text to be cut into tokens. Special tokens in it are read as such."""
 
     content: str
+    model: str | None = None
     add_special: bool | None = Field(None, description="Add the tokens that begin a text, such as BOS.")
     parse_special: Annotated[Literal[True] | None, Field(description="Always so here.")] = None
     with_pieces: bool | None = Field(None, description="Tell the text of each token too.")
@@ -39,6 +40,7 @@ class DetokenizeRequest(RequestModel):
     """Tokens to be written as text, special ones included."""
 
     tokens: list[TokenId]
+    model: str | None = None
 
 
 class DetokenizeResponse(ResponseModel):

@@ -1,12 +1,13 @@
 // Prometheus' text format, as far as /metrics uses it.
 
-/** Numbers by name, with labels as written: {"mixbit_kv_bytes{state=\"used\"}": 0, ...} */
+/** Numbers of all models together by name, other labels as written: {"mixbit_kv_bytes{state=\"used\"}": 0, ...} */
 export function parse(text) {
   const found = {};
   for (const line of text.split("\n")) {
     if (!line || line.startsWith("#")) continue;
     const end = line.lastIndexOf(" ");
-    found[line.slice(0, end)] = Number(line.slice(end + 1));
+    const key = line.slice(0, end).replace(/\{model="[^"]*"\}|(?<=\{)model="[^"]*",/, "");
+    found[key] = (found[key] ?? 0) + Number(line.slice(end + 1));
   }
   return found;
 }

@@ -27,6 +27,7 @@ from mixbit.server.model import ServedModel
 from mixbit.server.parsing.machine import ReasoningMarkers
 from mixbit.server.parsing.qwen3_coder import QWEN3_CODER
 from mixbit.server.presets import SamplingDefaults
+from mixbit.server.service import Service, Services
 from mixbit.server.serving import listen
 from mixbit.server.settings import LOOPBACK_HOSTS, Access
 from mixbit.server.templates import ChatTemplate
@@ -146,7 +147,7 @@ def main() -> None:
     )
     with listen("127.0.0.1", 0) as sock:
         print(f"http://127.0.0.1:{sock.getsockname()[1]}/v1", flush=True)
-        app = create_app(engine, model, Access(hosts=LOOPBACK_HOSTS))
+        app = create_app(Services((Service(engine, model),)), Access(hosts=LOOPBACK_HOSTS))
         asyncio.run(make_server(app).serve(sockets=[sock]))
 
 

@@ -56,6 +56,13 @@ def test_weights_larger_than_memory_leave_an_eighth(hybrid: Program, monkeypatch
     assert cache_config(hybrid, config, 10**6, 60_000_000).blocks == (50_000_000 - states) // each
 
 
+def test_engines_side_by_side_share_what_is_free(hybrid: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixbit.engine.sizing.available_memory", lambda: 160_000_000)
+    config = EngineConfig(model="", max_running=1, block_size=16, memory_share=0.25)
+    each, states = block_bytes(hybrid, 16, 4), 9 * slot_bytes(hybrid)
+    assert cache_config(hybrid, config, 10**6, 60_000_000).blocks == (12_500_000 - states) // each
+
+
 class Card:
     """A backend with memory of its own."""
 

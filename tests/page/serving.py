@@ -12,6 +12,7 @@ from typing import Any
 
 from mixbit.server.app import create_app
 from mixbit.server.model import ServedModel
+from mixbit.server.service import Service, Services
 from mixbit.server.settings import Access
 from mixbit.server.web import make_server
 from tests.fakes import FakeEngine
@@ -33,7 +34,7 @@ class Site:
 @contextmanager
 def serve(engine: FakeEngine, model: ServedModel | None = None, access: Access = LOCAL) -> Iterator[Site]:
     """Serve until the context ends."""
-    server = make_server(create_app(engine, model or served_model(), access), shutdown_seconds=1)
+    server = make_server(create_app(Services((Service(engine, model or served_model()),)), access), shutdown_seconds=1)
     with socket.create_server(("127.0.0.1", 0)) as sock:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
         thread.start()

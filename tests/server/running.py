@@ -145,9 +145,13 @@ def _address(server: RunningServer) -> str:
 
 
 def numbers(text: str) -> dict[str, float]:
-    """Metrics by name and labels."""
-    lines = [line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#")]
-    return {name: float(value) for name, _, value in lines}
+    """Metrics by name and labels, of all models together."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            name, _, value = re.sub(r'\{model="[^"]*"\}|(?<=\{)model="[^"]*",', "", line).rpartition(" ")
+            found[name] = found.get(name, 0) + float(value)
+    return found
 
 
 def until(condition: Any, seconds: float = 20) -> None:

@@ -10,6 +10,7 @@ import httpx
 from mixbit.server.app import create_app
 from mixbit.server.model import ServedModel
 from mixbit.server.presets import FillInMiddle, SamplingDefaults
+from mixbit.server.service import Service, Services
 from mixbit.server.settings import LOOPBACK_HOSTS, Access
 from mixbit.server.templates import ChatTemplate
 from tests.fakes import FakeEngine
@@ -44,7 +45,7 @@ def served_model(
 
 def connect(engine: FakeEngine, model: ServedModel | None = None, access: Access = LOCAL) -> httpx.AsyncClient:
     """A client whose requests go straight into the application."""
-    app = create_app(engine, model or served_model(), access)
+    app = create_app(Services((Service(engine, model or served_model()),)), access)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080")
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from mixbit.server.app import create_app
+from mixbit.server.service import Service, Services
 from mixbit.server.serving import listen
 from mixbit.server.settings import HTTP
 from mixbit.server.web import make_server
@@ -23,7 +24,8 @@ REQUEST = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 async def serving() -> AsyncIterator[int]:
     """A server over a fake engine; its port."""
     with listen("127.0.0.1", 0) as sock:
-        server = make_server(create_app(FakeEngine(), served_model(), LOCAL), header_seconds=SECONDS)
+        app = create_app(Services((Service(FakeEngine(), served_model()),)), LOCAL)
+        server = make_server(app, header_seconds=SECONDS)
         task = asyncio.create_task(server.serve(sockets=[sock]))
         try:
             yield sock.getsockname()[1]
@@ -93,7 +95,7 @@ async def test_quiet_connections_stay_open_between_requests() -> None:
 async def test_a_slow_answer_is_not_cut_off() -> None:
     with listen("127.0.0.1", 0) as sock:
         engine = FakeEngine(Reply(["a", "b", "c"], delay=SECONDS))
-        server = make_server(create_app(engine, served_model(), LOCAL), header_seconds=SECONDS)
+        server = make_server(create_app(Services((Service(engine, served_model()),)), LOCAL), header_seconds=SECONDS)
         task = asyncio.create_task(server.serve(sockets=[sock]))
         async with connection(sock.getsockname()[1]) as (reader, writer):
             body = b'{"prompt": "x"}'

@@ -11,12 +11,13 @@ from schemathesis.checks import not_a_server_error
 
 from mixbit.server.app import create_app
 from mixbit.server.presets import FillInMiddle
+from mixbit.server.service import Service, Services
 from mixbit.server.settings import Access
 from tests.fakes import FakeEngine, Reply
 from tests.server.support import served_model
 
 FIM = FillInMiddle(prefix="<P>", suffix="<S>", middle="<M>", file="<F>")
-app = create_app(FakeEngine(Reply(["a", "b"])), served_model(fim=FIM), Access())
+app = create_app(Services((Service(FakeEngine(Reply(["a", "b"])), served_model(fim=FIM)),)), Access())
 schema = schemathesis.openapi.from_asgi("/openapi.json", app)
 
 

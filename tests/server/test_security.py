@@ -14,6 +14,7 @@ import pytest
 from mixbit.server.app import create_app
 from mixbit.server.pages import PUBLIC_PATHS
 from mixbit.server.security import Guard
+from mixbit.server.service import Service, Services
 from mixbit.server.settings import HTTP, LOOPBACK_HOSTS, Access
 from tests.fakes import FakeEngine
 from tests.server.support import HELLO, connect, error_of, served_model
@@ -29,7 +30,7 @@ async def send(access: Access, method: str, path: str, **options: Any) -> httpx.
 
 async def raw(access: Access, path: str, headers: list[tuple[bytes, bytes]], chunks: list[bytes] | None = None) -> int:
     """The status of a request whose scope is exactly as given, as no well-behaved client would send it."""
-    app = create_app(FakeEngine(), served_model(), access)
+    app = create_app(Services((Service(FakeEngine(), served_model()),)), access)
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},

@@ -11,6 +11,7 @@ import pytest
 
 from mixbit.server import answer, sse
 from mixbit.server.app import create_app
+from mixbit.server.service import Service, Services
 from mixbit.server.settings import HTTP, Access
 from tests.fakes import FakeEngine, Reply
 from tests.server.support import HELLO, served_model
@@ -20,7 +21,7 @@ class Connection:
     """One POST to the application, seen as a server sees it: message by message."""
 
     def __init__(self, engine: FakeEngine, **body: Any) -> None:
-        app = create_app(engine, served_model(), Access())
+        app = create_app(Services((Service(engine, served_model()),)), Access())
         scope = {
             "type": "http",
             "http_version": "1.1",

@@ -80,11 +80,18 @@ def test_who_may_come_in() -> None:
 def test_names(tmp_path: Path) -> None:
     directory = tmp_path / "snapshot-of-it"
     directory.mkdir()
-    assert serve.served_names(parse(), directory) == ("snapshot-of-it",)
-    assert serve.served_names(parse("--model", "org/name"), directory) == ("org/name",)
-    assert serve.served_names(parse("--model", f"{directory}/"), directory) == ("snapshot-of-it",)
-    aliased = parse("--model", "org/name", "--served-name", "mine", "--alias", "a", "--alias", "mine")
-    assert serve.served_names(aliased, directory) == ("mine", "a")
+    assert serve.served_names("demo", directory, None, []) == ("snapshot-of-it",)
+    assert serve.served_names("org/name", directory, None, []) == ("org/name",)
+    assert serve.served_names(f"{directory}/", directory, None, []) == ("snapshot-of-it",)
+    assert serve.served_names("org/name", directory, "mine", ["a", "mine"]) == ("mine", "a")
+
+
+def test_models_wanted(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b"
+    odd.mkdir()
+    assert serve.models_wanted(parse()) == [("demo", [])]
+    assert serve.models_wanted(parse("--model", "x", "--alias", "y")) == [("x", ["y"])]
+    assert serve.models_wanted(parse("--model", "x=y", "--model", str(odd))) == [("x", ["y"]), (str(odd), [])]
 
 
 @pytest.mark.parametrize(
