@@ -3,8 +3,9 @@
     python -m bench.cpu --peer-python PYTHON --rates build/bench/rates [--rows 'smollm2-*'] [--json FILE]
 
 Each side is a child process. Repetitions alternate between the sides and medians are compared, so that a machine
-whose speed drifts drifts for all. A floor is what the bytes that a step must move take at the bandwidth measured
-in the run, or its operations at the measured rates, whichever takes longer (bench/floors.py).
+whose speed drifts drifts for all; a repetition waits a while for other processes to be done. A floor is what the
+bytes that a step must move take at the bandwidth measured in the run, or its operations at the measured rates,
+whichever takes longer (bench/floors.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -121,6 +123,7 @@ class Result:
 
     row: Row
     rates: dict[str, list[float]] = field(default_factory=dict)
+    busy: list[float] = field(default_factory=list)  # share of the processors that others used, before each repetition
     floor: float = 0
     problems: list[str] = field(default_factory=list)
 
@@ -195,6 +198,7 @@ class Bench:
         base = {"peer": "peer", "engine": MODES[0], "core": MODES[0]}[row.against]
         columns["base"] = (base, row.base or row.work)
         for turn in range(self.args.repeat + 1):
+            result.busy.append(wait_until_quiet(self.args.patience))
             for column, (side, work) in list(columns.items()):
                 try:
                     rate = work.rate(self._ask(side, **work.command)["seconds"])
@@ -206,6 +210,15 @@ class Bench:
                     result.rates.setdefault(column, []).append(rate)
             print(f"{row.name} {turn}/{self.args.repeat}", file=sys.stderr, flush=True)
         return result
+
+
+def wait_until_quiet(patience: float, enough: float = 0.1) -> float:
+    """Wait until other processes use less than `enough` of the processors, `patience` seconds at most; their share."""
+    deadline = time.monotonic() + patience
+    while True:
+        busy = float(psutil.cpu_percent(0.2)) / 100
+        if busy < enough or time.monotonic() > deadline:
+            return busy
 
 
 # --- output ---
@@ -245,6 +258,10 @@ def show(results: Sequence[Result], benches: Sequence[Bench], console: Console) 
                     share = loaded["private"] / facts["weights"]
                     memory = f", {loaded['private'] / 2**20:.0f} MiB private ({share:.1%} of the weights)"
                 console.print(f"  {mode}: first token {loaded['seconds']:.2f} s after start of loading{memory}")
+    for result in results:
+        if result.busy and statistics.median(result.busy) > 0.2:
+            share = f"others used {statistics.median(result.busy):.0%} of the processors"
+            console.print(f"{result.row.name}: {share}; measure it again", style="red")
     for problem in (problem for result in results for problem in result.problems):
         console.print(f"problem: {problem}", style="red", markup=False)
 
@@ -261,6 +278,7 @@ def document(results: Sequence[Result], benches: Sequence[Bench]) -> dict[str, A
             "work": result.row.title,
             "tokens_per_second": result.rates,
             "medians": {column: result.median(column) for column in result.rates},
+            "busy": result.busy,
             "ratio": result.ratio,
             "at_least": result.row.least,
             "aim": result.row.aim,
@@ -282,6 +300,9 @@ def main() -> int:
     parser.add_argument("--rows", action="append", metavar="GLOB", help="rows by name; repeatable (default: all)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument(
+        "--patience", type=float, default=10, metavar="SECONDS", help="to wait for other processes, each repetition"
+    )
     parser.add_argument("--layers", type=int, default=8, help="of the Qwen3-Next sizes; 8 take 8 GB twice")
     parser.add_argument("--cache", type=Path, default=cache_directory() / "bench", help="folder for the models")
     parser.add_argument("--keep", action="store_true", help="keep the large models there for the next run")
