@@ -64,6 +64,24 @@ def test_prefill_keeps_a_share_of_its_rate_where_small_chunks_are_dear() -> None
     assert max(sizes) < 512  # though not at any price
 
 
+def test_a_long_context_that_makes_prefills_dear_does_not_make_them_large() -> None:
+    """Attention to thousands of tokens costs each token of a chunk the same, however large the chunk."""
+    pace = Pace(512)
+    for size in (8, 16, 32, 64, 128, 512):
+        pace.note(0, size, compute_bound(0, size))
+    for _ in range(5):
+        pace.note(1, 0, compute_bound(1, 0))
+    context, steps = 0, []
+    while context < 8000:
+        size = pace.limit(1)
+        seconds = compute_bound(1, size) + 1.5e-6 * size * context
+        pace.note(1, size, seconds)
+        context += size
+        steps.append(seconds / compute_bound(1, 0))
+    # Eight tokens are the least that a step takes.
+    assert max(steps) < 1.5 * (1 + 8 * (0.0007 + 1.5e-6 * 8000) / compute_bound(1, 0))
+
+
 def test_the_cost_of_decodes_is_measured_again() -> None:
     pace = Pace(512)
     run(pace, compute_bound, 1, 60)
@@ -120,5 +138,5 @@ def test_the_warm_up_times_what_it_runs(blocks: int, step_tokens: int) -> None:
         assert batch.context_lengths[0] + len(batch.tokens) <= blocks * 8
     assert [(decodes, prefill) for decodes, prefill, _ in timed[:3]] == [(1, 0)] * 3
     sizes = [prefill for _, prefill, _ in timed[3:]]
-    assert sizes == ([32, 64][: len(sizes)] if blocks == 64 else [])
+    assert sizes == [size for size in (8, 16, 32, 64) if size <= min(step_tokens, blocks * 8)][: len(sizes)]
     assert all(seconds >= 0.9e-3 * max(prefill, 1) for _, prefill, seconds in timed)
