@@ -125,11 +125,18 @@ def model(device: Device, compiler: Compiler, layers: int, *, prefill: bool) -> 
         print(f"decode, 1, context {context}: {1 / statistics.median(times):8.1f} tok/s", flush=True)
     for tokens in (512, 2048) if prefill else ():
         times = []
-        for _ in range(4):
+        for _ in range(6):
             begin = time.perf_counter()
             executor.run(batch(1, 0, tokens, cache))
             times.append(time.perf_counter() - begin)
-        print(f"prefill {tokens}: {tokens / min(times[1:]):8.1f} tok/s", flush=True)
+        begin = time.perf_counter()
+        executor.run(batch(1, 0, tokens - 3, cache))
+        fresh = time.perf_counter() - begin
+        print(
+            f"prefill {tokens}: {tokens / statistics.median(times[1:]):8.1f} tok/s, "
+            f"{(tokens - 3) / fresh:8.1f} at a size not seen before",
+            flush=True,
+        )
 
 
 def by_kernel(executor: CudaExecutor, device: Device, count: int) -> None:

@@ -20,7 +20,7 @@ import importlib
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,6 +35,7 @@ class DriverError(BackendError):
     """A call of the CUDA driver failed; the message names the call and the driver's reason."""
 
 
+@cache
 def _driver() -> Any:
     """The driver's functions, from cuda-bindings, which is optional."""
     return importlib.import_module("cuda.bindings.driver")
@@ -132,6 +133,10 @@ def _free(pointer: Any) -> None:
     driver = _driver()
 
     driver.cuMemFree(pointer)
+
+
+def _destroy(graph: Any) -> None:
+    _driver().cuGraphExecDestroy(graph)
 
 
 def _upload(target: Buffer | View, array: npt.NDArray[Any]) -> None:
@@ -318,6 +323,7 @@ class Device:
         captured = _call("cuStreamEndCapture", self.stream)
         graph = Graph(_call("cuGraphInstantiate", captured, 0), tuple(launches))
         _call("cuGraphDestroy", captured)
+        weakref.finalize(graph, _destroy, graph.handle).atexit = False
         return graph
 
     def replay(self, graph: Graph) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ class Key:
     size: Size | None = None
 
 
-_MOST_KEPT = 64  # sizes of steps whose launches are kept
+_MOST_KEPT = 128  # sizes of steps whose launches are kept
 
 
 FEW_ROWS = 64
@@ -84,7 +84,7 @@ class CudaExecutor:
         elif steps is self._few:
             self._device.replay(steps.graph(key))
         else:
-            self._device.launch(*steps.launches(key))
+            steps.launch(key)
         logits: npt.NDArray[np.float32] = self._device.pinned((selected, self._program.logits.dim), np.dtype("f4"))
         if selected:
             self._device.fetch(logits, steps.logits(selected))
@@ -212,19 +212,17 @@ class Steps:
             for work, count in self._works(rows, selected)
         ]
 
-    def parts(self, key: Key) -> list[tuple[Work, list[Launch]]]:
-        """The work of a step, each with its launches."""
+    def parts(self, key: Key) -> Iterator[tuple[Work, list[Launch]]]:
+        """The work of a step, each with its launches, made one after another."""
         logits = self.logits(key.selected)
         layers = {} if key.size is None else self._prefill().layers
-        made = []
         for work, count in self._works(key.rows, key.selected):
             layer = layers.get(work)
             if key.size is not None and layer is not None and layer.worthwhile(count):
-                made.append((work, layer.launches(self._kernels.modules, key.size, count)))
+                yield work, layer.launches(self._kernels.modules, key.size, count)
             else:
                 planned = self._lowering.planned(work, count, key.sequences, logits)
-                made.append((work, self._kernels.launches(planned)))
-        return made
+                yield work, self._kernels.launches(planned)
 
     def _prefill(self) -> Layers:
         assert self._plan is not None
@@ -234,18 +232,27 @@ class Steps:
             self._kernels.prepare(self._layers.sources)
         return self._layers
 
-    def launches(self, key: Key) -> list[Launch]:
-        """All launches of a step of this size."""
-        self.logits(key.selected)
-        if key not in self._launches:
-            if len(self._launches) >= _MOST_KEPT:
-                self._forget()
-            self._launches[key] = [launch for _, launches in self.parts(key) for launch in launches]
-        return self._launches[key]
+    def launch(self, key: Key) -> None:
+        """Enqueue a step. The first of its size is made while the device already works on it."""
+        kept = self._launches.get(key)
+        if kept is not None:
+            self._device.launch(*kept)
+            return
+        if len(self._launches) >= _MOST_KEPT:
+            self._device.synchronize()
+            self._launches.clear()
+        kept = []
+        for _, launches in self.parts(key):
+            self._device.launch(*launches)
+            kept += launches
+        self._launches[key] = kept
 
     def graph(self, key: Key) -> Graph:
         """The launches of a step of this size as a graph."""
-        launches = self.launches(key)
+        self.logits(key.selected)
         if key not in self._graphs:
-            self._graphs[key] = self._device.capture(launches)
+            if len(self._graphs) >= _MOST_KEPT:
+                self._device.synchronize()
+                self._graphs.clear()
+            self._graphs[key] = self._device.capture([launch for _, made in self.parts(key) for launch in made])
         return self._graphs[key]

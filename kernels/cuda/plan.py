@@ -47,7 +47,9 @@ class Scratch:
             return kept
         if kept is not None:
             self._outgrown.append(kept)
-        made = self._buffers[name] = self.device.alloc(-(-nbytes // 16) * 16)
+        made = self._buffers[name] = self.device.alloc(
+            1 << max(4, (nbytes - 1).bit_length())
+        )  # so that few wishes outgrow it
         made.fill(0)
         return made
 
