@@ -4,7 +4,8 @@
     python -m bench.gpu kernels    single operations: microseconds, GB/s
     python -m bench.gpu model      Qwen3-Coder-Next at full size with random weights: decode and prefill
 
-The CUDA backend has a bench of its own, bench/gpu_native.py. Needs MLX with Metal or CUDA. `parity --on-host` runs the Metal text on the host instead.
+Needs MLX with Metal or CUDA. `parity --on-host` runs the Metal text on the host instead. The CUDA backend, which
+needs no MLX, has bench/gpu_native.py.
 """
 
 from __future__ import annotations
