@@ -35,6 +35,7 @@ struct V {
   static constexpr int lanes = 2, tokens = 4;  // 4 sums of groups, 4 of lanes, 4 in all, of 16 registers
   static constexpr int ahead = 4;              // rows that are fetched before their use
   static constexpr bool splits_wide = true;    // products of 8 bits do not fit in the 16 bits of a pair's sum
+  static constexpr bool masks = false;
   template <int>
   static constexpr float offset = 0;
   using Bytes = __m256i;
@@ -45,6 +46,7 @@ struct V {
   static Float set(float x) { return _mm256_set1_ps(x); }
   static Float load(const float* p) { return _mm256_loadu_ps(p); }
   static Bytes load_bytes(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_bytes(std::byte* p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   static void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
   static Float from_f16(const std::byte* p) { return _mm256_cvtph_ps(load_16(p)); }
   static Float from_bf16(const std::byte* p) {
@@ -55,14 +57,34 @@ struct V {
     std::memcpy(&value, p, 4);
     return _mm256_set1_epi32(value);
   }
+  static void narrow(Int a, std::byte* p) {
+    const __m256i bytes = _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(_mm_setr_epi32(0x0c080400, -1, -1, -1)));
+    const __m128i all = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), all);
+  }
+  static void narrow_pairs(Int a, std::byte* p, std::byte* q) {
+    const __m256i bytes = _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(_mm_setr_epi32(0x0c040800, -1, -1, -1)));
+    const __m128i all = _mm_unpacklo_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    const long long both = _mm_cvtsi128_si64(all);
+    std::memcpy(p, &both, 4);
+    std::memcpy(q, reinterpret_cast<const char*>(&both) + 4, 4);
+  }
   static Float floats(Int a) { return _mm256_castsi256_ps(a); }
   static Int bits(Float a) { return _mm256_castps_si256(a); }
   static Int ints(Bytes a) { return a; }
+  static Bytes bytes(Int a) { return a; }
   static Float convert(Int a) { return _mm256_cvtepi32_ps(a); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 
+  static Bytes packed(const std::byte* p, int n) {
+    return n == 2 ? load_bytes(p) : _mm256_zextsi128_si256(load_16(p));
+  }
+  static void split(Bytes v, Bytes& a, Bytes& b) {
+    a = _mm256_and_si256(v, _mm256_set1_epi8(15));
+    b = _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
+  }
   template <int bits>
   static void codes(const std::byte* p, int n, Bytes& a, Bytes& b) {
     alignas(32) std::byte one[8 * bits] = {};
@@ -132,10 +154,6 @@ struct V {
   static __m128i load_16(const std::byte* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static __m256i load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
 
-  static void split(Bytes v, Bytes& low, Bytes& high) {
-    low = _mm256_and_si256(v, _mm256_set1_epi8(15));
-    high = _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
-  }
   static __m256i products(Bytes a, Bytes b, Bytes x, Bytes y) {
     return _mm256_add_epi16(_mm256_maddubs_epi16(a, x), _mm256_maddubs_epi16(b, y));
   }

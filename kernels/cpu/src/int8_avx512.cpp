@@ -47,7 +47,7 @@ constexpr Table second_offsets = bit_offsets(bits, 2 * bits);
 struct V {
   static constexpr int lanes = 4, tokens = 8;  // 8 sums of groups, 8 of lanes, 8 in all
   static constexpr int ahead = 4;              // rows that are fetched before their use
-  static constexpr bool splits_wide = false;
+  static constexpr bool splits_wide = false, masks = true;
   template <int>
   static constexpr float offset = 0;
   using Bytes = __m512i;
@@ -58,31 +58,47 @@ struct V {
   static Float set(float x) { return _mm512_set1_ps(x); }
   static Float load(const float* p) { return _mm512_loadu_ps(p); }
   static Bytes load_bytes(const std::byte* p) { return _mm512_loadu_si512(p); }
+  static void store_bytes(std::byte* p, Bytes a) { _mm512_storeu_si512(p, a); }
   static void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
-  static Float from_f16(const std::byte* p) { return _mm512_cvtph_ps(load_half(p)); }
-  static Float from_bf16(const std::byte* p) {
-    return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(p)), 16));
+  template <DType type>
+  static Float load_first(const std::byte* p, int n) {
+    const auto some = static_cast<__mmask16>((1u << n) - 1);
+    if constexpr (type == DType::f32) return _mm512_maskz_loadu_ps(some, p);
+    const __m256i halves = _mm256_maskz_loadu_epi16(some, p);
+    if constexpr (type == DType::f16) return _mm512_cvtph_ps(halves);
+    return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
   }
   static Bytes repeat(const std::byte* p) {
     int value;
     std::memcpy(&value, p, 4);
     return _mm512_set1_epi32(value);
   }
+  static void narrow(Int a, std::byte* p) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+  }
+  static void narrow_pairs(Int a, std::byte* p, std::byte* q) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(a));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(q), _mm512_cvtepi64_epi8(_mm512_srli_epi64(a, 32)));
+  }
   static Float floats(Int a) { return _mm512_castsi512_ps(a); }
   static Int bits(Float a) { return _mm512_castps_si512(a); }
   static Int ints(Bytes a) { return a; }
+  static Bytes bytes(Int a) { return a; }
   static Float convert(Int a) { return _mm512_cvtepi32_ps(a); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 
+  static Bytes packed(const std::byte* p, int n) { return part<64>(p, 16 * n); }
+  static void split(Bytes v, Bytes& a, Bytes& b) {
+    a = _mm512_and_si512(v, _mm512_set1_epi8(15));
+    b = _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
+  }
   template <int bits>
   static void codes(const std::byte* p, int n, Bytes& a, Bytes& b) {
     const __m512i mask = _mm512_set1_epi8((1 << bits) - 1);
     if constexpr (bits == 4) {
-      const __m512i v = part<64>(p, 16 * n);
-      a = _mm512_and_si512(v, mask);
-      b = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+      split(packed(p, n), a, b);
     } else if constexpr (bits < 4) {
       const __m512i v = _mm512_permutexvar_epi8(table(wanted_bytes<bits>), part<16 * bits>(p, 4 * bits * n));
       a = _mm512_and_si512(_mm512_multishift_epi64_epi8(table(first_offsets<bits>), v), mask);
@@ -136,7 +152,6 @@ struct V {
 
  private:
   static __m512i table(const Table& t) { return _mm512_load_si512(t.at); }
-  static __m256i load_half(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
   // The first `here` of `whole` bytes; nothing beyond them is touched.
   template <int whole>

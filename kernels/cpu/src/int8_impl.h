@@ -5,6 +5,7 @@
 //   Bytes, Int, Float         registers: of 16 L codes, of 4 L int32, of 4 L float32
 //   codes<bits>(p, n, a, b)   32 columns a lane, the first n lanes' at p (the rest: anything): even columns in a and
 //                             odd ones in b where interleaved(bits), else the first and the last 16
+//   packed(p, n), split(v, a, b)   codes<4> in two steps, the second bytewise
 //   dot<bits>(s, a, b, x, y)  s + a * x + b * y, in each int32 the sum over its four codes
 //   offset<bits>              what codes<bits> subtracts, for instruction sets that want signed codes
 //   add4(a, b, c, d)          in each lane: the four sums of the lane's four values
@@ -12,26 +13,23 @@
 //   transpose4(m)             in each lane, 4 x 4; transpose(m): all 4 L x 4 L
 //   strided(a)                value 4 q + j becomes value j L + q
 //   spread(p), fold(a, out)   value q to all of lane q; ((lane 0 + lane 1) + ...), four values
-//   load set zero floats bits convert mul fma from_f32 from_f16 from_bf16 ...
+//   narrow(a, p)              low byte of each value; narrow_pairs(a, p, q): of even values to p, of odd ones to q
+//   masks, load_first<type>(p, n)   whether a part of a register can be read, and that of f32, f16 or bf16
+//   load set zero floats bits convert mul fma from_f16 from_bf16 ...
 //
 // Whatever the number of tokens, a product is the same sum in the same order: within a chunk of columns, group g
 // goes to partial sum g % L; partial sums are added in order; then chunks are. So a token's result does not depend
 // on its company.
-#include <cstring>
-
-#include "int8.h"
+#include "int8_quantize.h"
 
 namespace mixbit {
 namespace {
 
 using Int = V::Int;
 using Float = V::Float;
-using Index = std::int64_t;
 using Pointer = const std::byte*;
 
-constexpr int L = V::lanes;
 constexpr int tile_rows = 4 * L;   // rows whose codes the micro-kernel reads together; also groups of a block of scales
-constexpr int piece = 32;          // columns: the smallest group, and the part of a row in a lane
 constexpr int piece_codes = 8 * tile_rows * 4;  // bytes of a piece of every row of the tile
 
 template <int G>
@@ -47,17 +45,21 @@ const float* floats_at(Pointer p) { return reinterpret_cast<const float*>(p); }
 
 // ---- Scales and biases: blocks of 4 L groups ----
 
-template <DType type>
+// The first `count` values at p, then zeros; nothing beyond them is touched.
+template <DType type, class W = V>
 Float load_block(Pointer p, Index count) {
-  constexpr int size = type == DType::f32 ? 4 : 2;
-  alignas(64) std::byte rest[tile_rows * size] = {};
-  if (count < tile_rows) {
-    for (Index i = 0; i < count * size; ++i) rest[i] = p[i];
-    p = rest;
+  if constexpr (W::masks) return W::template load_first<type>(p, count < tile_rows ? static_cast<int>(count) : tile_rows);
+  else {
+    constexpr int size = type == DType::f32 ? 4 : 2;
+    alignas(64) std::byte rest[tile_rows * size] = {};
+    if (count < tile_rows) {
+      for (Index i = 0; i < count; ++i) std::memcpy(rest + i * size, p + i * size, size);
+      p = rest;
+    }
+    if constexpr (type == DType::f32) return W::load(floats_at(p));
+    else if constexpr (type == DType::f16) return W::from_f16(p);
+    else return W::from_bf16(p);
   }
-  if constexpr (type == DType::f32) return V::load(floats_at(p));
-  else if constexpr (type == DType::f16) return V::from_f16(p);
-  else return V::from_bf16(p);
 }
 
 // Groups [first, first + 4 L) of one row of scales or biases, zero where there are none.
@@ -209,20 +211,30 @@ void fill(const Int8Args& args, const Index (&rows)[tile_rows], Index first, Ind
   const Index pieces = groups * P;
   for (Index at = 0; at < pieces; at += L) {
     const int present = static_cast<int>(smaller(L, pieces - at));
+    const auto source = [&](int r) { return args.weight + rows[r] * args.row_bytes + (first * P + at) * (4 * bits); };
+    const auto place = [&](int i) { return tile.codes + (at + i / 4) * piece_codes + i % 4 * (4 * tile_rows); };
     Int a[tile_rows], b[tile_rows];
-    for (int r = 0; r < tile_rows; ++r) {
-      V::Bytes even, odd;
-      V::template codes<bits>(args.weight + rows[r] * args.row_bytes + (first * P + at) * (4 * bits), present, even, odd);
-      a[r] = V::ints(even);
-      b[r] = V::ints(odd);
-    }
-    V::transpose(a);
-    V::transpose(b);
-    for (int q = 0; q < present; ++q) {
-      std::byte* out = tile.codes + (at + q) * piece_codes;
-      for (int i = 0; i < 4; ++i) {
-        V::store(reinterpret_cast<float*>(out + i * 4 * tile_rows), V::floats(a[4 * q + i]));
-        V::store(reinterpret_cast<float*>(out + (4 + i) * 4 * tile_rows), V::floats(b[4 * q + i]));
+    if constexpr (bits == 4) {  // bytes split after the transposition as well as before: half of the work
+      for (int r = 0; r < tile_rows; ++r) a[r] = V::ints(V::packed(source(r), present));
+      V::transpose(a);
+      for (int i = 0; i < 4 * present; ++i) {
+        V::Bytes even, odd;
+        V::split(V::bytes(a[i]), even, odd);
+        V::store_bytes(place(i), even);
+        V::store_bytes(place(i) + 16 * tile_rows, odd);
+      }
+    } else {
+      for (int r = 0; r < tile_rows; ++r) {
+        V::Bytes first_half, second_half;
+        V::template codes<bits>(source(r), present, first_half, second_half);
+        a[r] = V::ints(first_half);
+        b[r] = V::ints(second_half);
+      }
+      V::transpose(a);
+      V::transpose(b);
+      for (int i = 0; i < 4 * present; ++i) {
+        V::store_bytes(place(i), V::bytes(a[i]));
+        V::store_bytes(place(i) + 16 * tile_rows, V::bytes(b[i]));
       }
     }
   }
@@ -292,97 +304,25 @@ void multiply_some(const Int8Args& args, const Tile<G>& tile, Index row, Index f
 template <int bits, int G>
 void many(const Int8Args& args) {
   constexpr bool wide = V::splits_wide && bits == 8;
-  Tile<G> tile;
+  constexpr int tiles = 2;  // filled together, so that tokens come from memory once for both
+  Tile<G> tile[tiles];
   const Index shares = (args.count + V::tokens - 1) / V::tokens;
-  for (Index row = args.row_begin; row < args.row_end; row += tile_rows) {
-    Index rows[tile_rows];
-    for (int r = 0; r < tile_rows; ++r) rows[r] = smaller(row + r, args.row_end - 1);
+  for (Index row = args.row_begin; row < args.row_end; row += tiles * tile_rows) {
+    const Index filled = smaller(tiles, (args.row_end - row + tile_rows - 1) / tile_rows);
     for (Index first = 0; first < args.groups; first += chunk_groups<G>) {
       const Index groups = smaller(chunk_groups<G>, args.groups - first);
-      fill<bits, G>(args, rows, first, groups, tile);
+      for (Index n = 0; n < filled; ++n) {
+        Index rows[tile_rows];
+        for (int r = 0; r < tile_rows; ++r) rows[r] = smaller(row + n * tile_rows + r, args.row_end - 1);
+        fill<bits, G>(args, rows, first, groups, tile[n]);
+      }
       for (Index s = 0, i = 0; s < shares; ++s) {
         const Index end = args.count * (s + 1) / shares;
-        multiply_some<wide, G>(args, tile, row, first, groups, i, end - i);
+        for (Index n = 0; n < filled; ++n)
+          multiply_some<wide, G>(args, tile[n], row + n * tile_rows, first, groups, i, end - i);
         i = end;
       }
     }
-  }
-}
-
-// ---- Activations ----
-
-typedef float Floats __attribute__((vector_size(16 * L)));
-typedef std::int32_t Ints __attribute__((vector_size(16 * L)));
-
-template <class T>
-inline T read_as(const void* p) {
-  T value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
-
-// Of magnitudes as integers, where NaN is above all.
-inline std::int32_t largest(Ints v) {
-  std::int32_t values[4 * L];
-  std::memcpy(values, &v, sizeof v);
-  for (int n = 2 * L; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) values[i] = values[i] > values[i + n] ? values[i] : values[i + n];
-  return values[0];
-}
-
-// Nearest integers to 32 values times `inverse`, ties to even, as codes in two halves; returns their sum.
-inline Floats encode(const float* x, float inverse, bool interleaved, std::byte* first, std::byte* second) {
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: the low byte of a sum with it is the integer
-  typedef std::int32_t Words __attribute__((vector_size(4 * piece)));
-  typedef std::int8_t Codes __attribute__((vector_size(piece)));
-  Floats total = {};
-  Words words;
-  for (int k = 0; k < piece; k += 4 * L) {
-    const Floats scaled = read_as<Floats>(x + k) * inverse;  // rounded by itself: no fused multiply-add
-    const Floats shifted = scaled + magic;
-    total += shifted - magic;
-    std::memcpy(reinterpret_cast<std::byte*>(&words) + 4 * k, &shifted, sizeof shifted);
-  }
-  Codes codes = __builtin_convertvector(words, Codes);
-  if (interleaved) {
-    codes = __builtin_shufflevector(codes, codes, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,  //
-                                    1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-  }
-  std::memcpy(first, &codes, 16);
-  std::memcpy(second, reinterpret_cast<const std::byte*>(&codes) + 16, 16);
-  return total;
-}
-
-std::byte* place(const QuantizeArgs& args, Index at) { return args.codes + at / L * (L * piece) + at % L * 16; }
-
-void quantize(const QuantizeArgs& args) {
-  constexpr float tiny = 1e-30f;  // a group below it counts as zero: 127 / it would overflow
-  const Index pieces = args.group_size / piece, groups = args.cols / args.group_size;
-  for (Index g = 0; g < groups; ++g) {
-    const float* x = args.x + g * args.group_size;
-    Ints most = {};
-    for (Index i = 0; i < args.group_size; i += 4 * L) {
-      const Ints v = read_as<Ints>(x + i) & 0x7fffffff, above = v > most;
-      most = (v & above) | (most & ~above);
-    }
-    const std::int32_t peak_bits = largest(most);
-    const float peak = read_as<float>(&peak_bits);
-    const float factor = peak / 127, inverse = peak > tiny ? 127 / peak : 0;
-    Floats sums = {};
-    for (Index p = 0; p < pieces; ++p) {
-      std::byte* codes = place(args, g * pieces + p);
-      sums += encode(x + p * piece, inverse, args.interleaved, codes, codes + 16 * L);
-    }
-    float sum = 0;
-    for (int k = 0; k < 4 * L; ++k) sum += sums[k];
-    args.factors[g] = factor;
-    args.sums[g] = factor * sum;
-  }
-  for (Index g = groups; g % 16 != 0; ++g) args.factors[g] = args.sums[g] = 0;
-  for (Index at = groups * pieces; at % L != 0; ++at) {
-    std::byte* codes = place(args, at);
-    std::memset(codes, 0, 16);
-    std::memset(codes + 16 * L, 0, 16);
   }
 }
 

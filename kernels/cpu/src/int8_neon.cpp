@@ -31,7 +31,7 @@ constexpr Fields fields_at = fields(width, first);
 struct V {
   static constexpr int lanes = 1, tokens = 6;  // 6 sums of groups, 6 of lanes, 6 in all, of 32 registers
   static constexpr int ahead = 4;              // rows that are fetched before their use
-  static constexpr bool splits_wide = false;
+  static constexpr bool splits_wide = false, masks = false;
   template <int bits>
   static constexpr float offset = bits == 8 ? 128 : 0;
   using Bytes = int8x16_t;
@@ -49,18 +49,34 @@ struct V {
   static Float set(float x) { return vdupq_n_f32(x); }
   static Float load(const float* p) { return read<Float>(p); }
   static Bytes load_bytes(const std::byte* p) { return read<Bytes>(p); }
+  static void store_bytes(std::byte* p, Bytes a) { std::memcpy(p, &a, sizeof a); }
   static void store(float* p, Float a) { std::memcpy(p, &a, sizeof a); }
   static Float from_f16(const std::byte* p) { return vcvt_f32_f16(read<float16x4_t>(p)); }
   static Float from_bf16(const std::byte* p) { return vreinterpretq_f32_u32(vshll_n_u16(read<uint16x4_t>(p), 16)); }
   static Bytes repeat(const std::byte* p) { return vreinterpretq_s8_s32(vdupq_n_s32(read<std::int32_t>(p))); }
+  static void narrow(Int a, std::byte* p) {
+    for (int i = 0; i < 4; ++i) p[i] = static_cast<std::byte>(a[i] & 255);
+  }
+  static void narrow_pairs(Int a, std::byte* p, std::byte* q) {
+    for (int i = 0; i < 2; ++i) {
+      p[i] = static_cast<std::byte>(a[2 * i] & 255);
+      q[i] = static_cast<std::byte>(a[2 * i + 1] & 255);
+    }
+  }
   static Float floats(Int a) { return vreinterpretq_f32_s32(a); }
   static Int bits(Float a) { return vreinterpretq_s32_f32(a); }
   static Int ints(Bytes a) { return vreinterpretq_s32_s8(a); }
+  static Bytes bytes(Int a) { return vreinterpretq_s8_s32(a); }
   static Float convert(Int a) { return vcvtq_f32_s32(a); }
   static Float add(Float a, Float b) { return vaddq_f32(a, b); }
   static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
   static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
 
+  static Bytes packed(const std::byte* p, int) { return load_bytes(p); }
+  static void split(Bytes v, Bytes& a, Bytes& b) {
+    a = vandq_s8(v, vdupq_n_s8(15));
+    b = vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(v), 4));
+  }
   template <int bits>
   static void codes(const std::byte* p, int, Bytes& a, Bytes& b) {
     uint8x16_t first, second;
@@ -77,9 +93,7 @@ struct V {
       first = vandq_u8(pairs, vdupq_n_u8(7));
       second = vshrq_n_u8(pairs, 3);
     } else if constexpr (bits == 4) {
-      const uint8x16_t v = read<uint8x16_t>(p);
-      first = vandq_u8(v, vdupq_n_u8(15));
-      second = vshrq_n_u8(v, 4);
+      return split(load_bytes(p), a, b);
     } else if constexpr (bits == 8) {  // signed, by 128 less
       first = veorq_u8(read<uint8x16_t>(p), vdupq_n_u8(128));
       second = veorq_u8(read<uint8x16_t>(p + 16), vdupq_n_u8(128));

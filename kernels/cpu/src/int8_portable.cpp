@@ -8,7 +8,7 @@ namespace {
 
 struct V {
   static constexpr int lanes = 1, tokens = 2, ahead = 4;
-  static constexpr bool splits_wide = false;
+  static constexpr bool splits_wide = false, masks = false;
   template <int>
   static constexpr float offset = 0;
   using Bytes = std::uint8_t __attribute__((vector_size(16)));
@@ -27,6 +27,7 @@ struct V {
   static Float set(float x) { return Float{x, x, x, x}; }
   static Float load(const float* p) { return read<Float>(p); }
   static Bytes load_bytes(const std::byte* p) { return read<Bytes>(p); }
+  static void store_bytes(std::byte* p, Bytes a) { std::memcpy(p, &a, sizeof a); }
   static void store(float* p, Float a) { std::memcpy(p, &a, sizeof a); }
   static Halves halves(const std::byte* p) {
     const auto word = [p](int i) -> std::uint32_t { return read<std::uint16_t>(p + 2 * i); };
@@ -44,14 +45,26 @@ struct V {
     const auto value = read<std::int32_t>(p);
     return as<Bytes>(Int{value, value, value, value});
   }
+  static void narrow(Int a, std::byte* p) {
+    for (int i = 0; i < 4; ++i) p[i] = static_cast<std::byte>(a[i] & 255);
+  }
+  static void narrow_pairs(Int a, std::byte* p, std::byte* q) {
+    for (int i = 0; i < 2; ++i) {
+      p[i] = static_cast<std::byte>(a[2 * i] & 255);
+      q[i] = static_cast<std::byte>(a[2 * i + 1] & 255);
+    }
+  }
   static Float floats(Int a) { return as<Float>(a); }
   static Int bits(Float a) { return as<Int>(a); }
   static Int ints(Bytes a) { return as<Int>(a); }
+  static Bytes bytes(Int a) { return as<Bytes>(a); }
   static Float convert(Int a) { return __builtin_convertvector(a, Float); }
   static Float add(Float a, Float b) { return a + b; }
   static Float mul(Float a, Float b) { return a * b; }
   static Float fma(Float a, Float b, Float c) { return a * b + c; }
 
+  static Bytes packed(const std::byte* p, int) { return load_bytes(p); }
+  static void split(Bytes v, Bytes& a, Bytes& b) { a = v & 15, b = v >> 4; }
   // Eight codes fill `bits` bytes.
   template <int bits>
   static void codes(const std::byte* p, int, Bytes& a, Bytes& b) {

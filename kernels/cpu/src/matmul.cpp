@@ -140,7 +140,7 @@ void matmul_rows(Isa isa, const Matrix& w, const Activations& x, const std::int3
 }
 
 std::int64_t preferred_tile(const Matrix& w, std::int64_t count) {
-  constexpr std::int64_t row_step = 16;  // rows the kernels unpack together
+  const std::int64_t row_step = w.takes_int8() && count >= 32 ? 32 : 16;  // rows the kernels unpack together
   constexpr std::int64_t work = 1 << 18;  // multiplications; some ten microseconds of one core
   const std::int64_t per_row = std::max<std::int64_t>(1, w.cols * std::max<std::int64_t>(count, 1));
   return std::clamp(round_up(work / per_row, row_step), row_step, std::int64_t{256});
