@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -97,7 +98,7 @@ async def ask(client: EngineClient, prompt: list[int], name: str) -> Answer:
     raise RuntimeError("the engine ended without an answer")
 
 
-async def replay(model: Path, disk: Path, threads: int) -> Replay:
+async def replay(model: Path, disk: Path, threads: int, precision: Literal["exact", "fast"]) -> Replay:
     rng = np.random.default_rng(0)
     tokenizer = load_tokenizer(model)
     end = min(tokenizer.eos_ids)
@@ -108,7 +109,9 @@ async def replay(model: Path, disk: Path, threads: int) -> Replay:
 
     def config(disk_cache: Path | None) -> EngineConfig:
         kept = None if disk_cache is None else str(disk_cache)
-        return EngineConfig(model=str(model), threads=threads, max_running=4, cache_bytes=2 << 30, disk_cache=kept)
+        return EngineConfig(
+            model=str(model), threads=threads, precision=precision, max_running=4, cache_bytes=2 << 30, disk_cache=kept
+        )
 
     talk, side = [*text(SYSTEM), end], [*text(SIDE), end]
     answers = []
@@ -139,6 +142,7 @@ async def replay(model: Path, disk: Path, threads: int) -> Replay:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--precision", choices=("exact", "fast"), default="fast", help="as mixbit serve has it")
     parser.add_argument("--only", choices=("dense", "hybrid"), help="one of the two models")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
@@ -159,7 +163,7 @@ def main() -> None:
         for kind, (name, model) in models.items():
             if args.only not in (None, kind):
                 continue
-            result = asyncio.run(replay(model, Path(directory) / f"disk-{name}", args.threads))
+            result = asyncio.run(replay(model, Path(directory) / f"disk-{name}", args.threads, args.precision))
             cold, warm = result.cold.first, statistics.median(each.first for each in result.warm)
             share = sum(each.cached for each in result.warm) / sum(each.prompt for each in result.warm)
             again = result.restarted.first
