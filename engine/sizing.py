@@ -57,8 +57,9 @@ def cache_config(
 
     Without config.cache_bytes half of what the weights will leave free is used, or config.memory_share of that;
     weights larger than memory are read again and again from disk, and leave an eighth. Values count as float32,
-    unless a narrower dtype is asked for. A `backend` may say how wide values are; one with memory of its own also says how much there is,
-    and there the weights must fit. Raises CacheError if they do not, or not even one sequence of a useful length does.
+    unless a narrower dtype is asked for. A `backend` may say how wide values are; one with memory of its own also
+    says how much there is, and there the weights must fit. Raises CacheError if they do not, or not even one
+    sequence of a useful length does.
     """
     available, width = available_memory(), 2 if config.dtype in {"float16", "bfloat16"} else 4
     if isinstance(backend, OwnMemory):
