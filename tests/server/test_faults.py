@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,9 @@ def serve(tiny_checkpoint: Path, servers: ExitStack, shared: dict[str, RunningSe
             options |= {"program": ("-P", faulty.__file__), "STEP_SECONDS": str(step)}
         made = start("--model", str(tiny_checkpoint), "--threads", "1", *arguments, **options)
         key = str((arguments, options))
-        with ExitStack() if share else made as own:
-            if share and key not in shared:
-                shared[key] = servers.enter_context(made)
-            server = shared[key] if share else own
+        if share and key not in shared:
+            shared[key] = servers.enter_context(made)
+        with nullcontext(shared[key]) if share else made as server:
             yield server
             if server.process.poll() is None:
                 server.settled()
