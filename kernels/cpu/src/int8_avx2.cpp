@@ -33,7 +33,6 @@ constexpr Fields fields_at = fields(width, low, high);
 
 struct V {
   static constexpr int lanes = 2, tokens = 4;  // 4 sums of groups, 4 of lanes, 4 in all, of 16 registers
-  static constexpr int ahead = 4;              // rows that are fetched before their use
   static constexpr bool splits_wide = true;    // products of 8 bits do not fit in the 16 bits of a pair's sum
   static constexpr bool masks = false;
   template <int>

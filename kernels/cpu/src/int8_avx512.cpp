@@ -46,7 +46,6 @@ constexpr Table second_offsets = bit_offsets(bits, 2 * bits);
 
 struct V {
   static constexpr int lanes = 4, tokens = 8;  // 8 sums of groups, 8 of lanes, 8 in all
-  static constexpr int ahead = 4;              // rows that are fetched before their use
   static constexpr bool splits_wide = false, masks = true;
   template <int>
   static constexpr float offset = 0;

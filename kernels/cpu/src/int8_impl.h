@@ -32,6 +32,8 @@ using Pointer = const std::byte*;
 constexpr int tile_rows = 4 * L;   // rows whose codes the micro-kernel reads together; also groups of a block of scales
 constexpr int piece_codes = 8 * tile_rows * 4;  // bytes of a piece of every row of the tile
 
+constexpr Index fetched_ahead = 30000;  // bytes: the memory's delay at its full rate, several times
+
 template <int G>
 constexpr int chunk_groups = G == 128 ? 16 : 1024 / G;
 
@@ -140,6 +142,7 @@ void few_rows(const Int8Args& args, Index row) {
   }
   for (int t = 0; t < T; ++t) x[t] = token(args, t);
 
+  const Index ahead = (fetched_ahead / (4 * args.row_bytes) + 1) * 4 * args.row_bytes;
   alignas(64) float total[T][4] = {};
   Float sums[T];
   for (int t = 0; t < T; ++t) sums[t] = V::floats(V::zero());
@@ -155,7 +158,7 @@ void few_rows(const Int8Args& args, Index row) {
       else dot_parts<bits, P, T>(w, x, at * P, left, dots);
       for (int r = 0; r < 4; ++r)
         for (int line = 0; line < L * P * 4 * bits; line += 64)
-          __builtin_prefetch(w[r] + at * P * 4 * bits + line + V::ahead * args.row_bytes);
+          __builtin_prefetch(w[r] + at * P * 4 * bits + line + ahead, 0, 2);  // into the second-level cache
       for (int t = 0; t < T; ++t) {
         const Float factor = V::spread(floats_at(x[t] + args.factors) + at);
         const Float x_sum = V::spread(floats_at(x[t] + args.sums) + at);

@@ -30,7 +30,6 @@ constexpr Fields fields_at = fields(width, first);
 
 struct V {
   static constexpr int lanes = 1, tokens = 6;  // 6 sums of groups, 6 of lanes, 6 in all, of 32 registers
-  static constexpr int ahead = 4;              // rows that are fetched before their use
   static constexpr bool splits_wide = false, masks = false;
   template <int bits>
   static constexpr float offset = bits == 8 ? 128 : 0;

@@ -7,7 +7,7 @@ namespace mixbit {
 namespace {
 
 struct V {
-  static constexpr int lanes = 1, tokens = 2, ahead = 4;
+  static constexpr int lanes = 1, tokens = 2;
   static constexpr bool splits_wide = false, masks = false;
   template <int>
   static constexpr float offset = 0;
