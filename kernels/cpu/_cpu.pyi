@@ -22,6 +22,7 @@ class DType(Enum):
 class Precision(Enum):
     exact = 0
     fast = 1
+    fine = 2
 
 class Weight:
     def __init__(
@@ -69,7 +70,7 @@ class Program:
     def rms_norm(self, x: int, norm: _Norm, out: int, /) -> None: ...
     def add_norm(self, x: int, delta: int, norm: _Norm, total: int, out: int, /) -> None: ...
     def batch_matvec(self, x: int, specs: list[tuple[Weight, _Floats | None]], outs: list[int], /) -> None: ...
-    def mlp(self, x: int, weights: _Mlp, out: int, /) -> None: ...
+    def mlp(self, x: int, weights: _Mlp, out: int, /, *, last: bool) -> None: ...
     def moe(
         self,
         x: int,
@@ -82,6 +83,7 @@ class Program:
         shared: _Mlp | None,
         shared_gate: Weight | None,
         out: int,
+        last: bool,
     ) -> None: ...
     def attention(
         self,

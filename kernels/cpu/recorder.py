@@ -22,7 +22,8 @@ _ColumnsArg = tuple[int, int, int]
 
 def record(program: ops.Program, native: _cpu.Program) -> tuple[_cpu.Weight, ...]:
     """Add the program's values and nodes to `native`; returns the weights that must outlive it."""
-    recorder = _Recorder(native)
+    feed_forwards = [node for node in program.nodes if isinstance(node, ops.Mlp | ops.Moe)]
+    recorder = _Recorder(native, feed_forwards[-1] if feed_forwards else None)
     for value in program.values:
         native.value(value.dim, value.rows is ops.Rows.SELECTED)
     for node in program.nodes:
@@ -32,8 +33,9 @@ def record(program: ops.Program, native: _cpu.Program) -> tuple[_cpu.Weight, ...
 
 
 class _Recorder:
-    def __init__(self, native: _cpu.Program) -> None:
+    def __init__(self, native: _cpu.Program, last: ops.Mlp | ops.Moe | None) -> None:
         self.native = native
+        self.last = last  # feed-forward
         self.weights: dict[Matrix, _cpu.Weight] = {}
         self._ropes: dict[ops.Rope, int] = {}
 
@@ -52,7 +54,7 @@ class _Recorder:
                 parts = [(self._weight(s.matrix), None if s.bias is None else _floats(s.bias)) for s in specs]
                 native.batch_matvec(x.index, parts, [out.index for out in outs])
             case ops.Mlp(x, spec, out):
-                native.mlp(x.index, self._mlp(spec), out.index)
+                native.mlp(x.index, self._mlp(spec), out.index, last=node is self.last)
             case ops.Moe():
                 self._moe(node)
             case ops.Attention():
@@ -71,6 +73,7 @@ class _Recorder:
             shared=None if spec.shared is None else self._mlp(spec.shared),
             shared_gate=None if spec.shared_gate is None else self._weight(spec.shared_gate),
             out=node.out.index,
+            last=node is self.last,
         )
 
     def _attention(self, node: ops.Attention) -> None:

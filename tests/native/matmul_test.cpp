@@ -88,7 +88,7 @@ Case random_case(int serial) {
   m.bits = widths[serial % 8];
   m.dtype = static_cast<DType>(serial / 8 % 3);
   m.group_size = m.bits == 0 ? 0 : 32 << serial / 24 % 3;
-  m.precision = static_cast<Precision>(serial / 72 % 2);
+  m.precision = static_cast<Precision>(serial / 72 % 3);
   m.rows = 1 + below(37);
   m.cols = m.bits == 0 ? 1 + below(700) : m.group_size * (1 + below(below(4) == 0 ? 90 : 9));
   c.count = counts[below(9)];
@@ -96,16 +96,33 @@ Case random_case(int serial) {
   return c;
 }
 
-// Groups of x as the nearest multiples of a 127th of their peak.
-std::vector<double> rounded(const std::vector<float>& x, int group_size) {
+// Groups of x as the nearest multiples of a 127th of their peak. rest: what that leaves, in float32.
+std::vector<double> rounded(const std::vector<float>& x, int group_size, std::vector<float>& rest) {
   std::vector<double> out;
+  rest.clear();
   for (std::size_t first = 0; first < x.size(); first += static_cast<std::size_t>(group_size)) {
     float peak = 0;
     for (int i = 0; i < group_size; ++i) peak = std::max(peak, std::fabs(x[first + static_cast<std::size_t>(i)]));
     const float inverse = peak > 0 ? 127 / peak : 0;
-    for (int i = 0; i < group_size; ++i)
-      out.push_back(static_cast<double>(peak / 127) * std::nearbyint(x[first + static_cast<std::size_t>(i)] * inverse));
+    for (int i = 0; i < group_size; ++i) {
+      const float value = x[first + static_cast<std::size_t>(i)], code = std::nearbyint(value * inverse);
+      const volatile float product = peak / 127 * code;  // not to be fused with the difference
+      out.push_back(static_cast<double>(peak / 127) * code);
+      rest.push_back(value - product);
+    }
   }
+  return out;
+}
+
+// What the kernels of `m` take x for.
+std::vector<double> taken_for(const std::vector<float>& x, const Matrix& m) {
+  if (!m.takes_int8()) return {x.begin(), x.end()};
+  std::vector<float> rest;
+  std::vector<double> out = rounded(x, m.group_size, rest);
+  if (m.precision != Precision::fine) return out;
+  const std::vector<float> first = rest;
+  const std::vector<double> more = rounded(first, m.group_size, rest);
+  for (std::size_t i = 0; i < out.size(); ++i) out[i] += more[i];
   return out;
 }
 
@@ -149,7 +166,7 @@ bool run(Isa isa, const Case& c) {
     x.prepare(isa, i, values[static_cast<std::size_t>(i)].data(), m.cols);
   }
   std::vector<std::vector<double>> taken;
-  for (const auto& v : values) taken.push_back(m.takes_int8() ? rounded(v, m.group_size) : std::vector<double>(v.begin(), v.end()));
+  for (const auto& v : values) taken.push_back(taken_for(v, m));
   std::vector<std::int32_t> index;
   for (int i = 0; i < c.count; ++i) index.push_back(c.gathered ? below(x_rows) : i);
 
@@ -184,7 +201,8 @@ bool run(Isa isa, const Case& c) {
   }
   if (!good)
     std::printf("%s: wrong: %s, %d bits, group %d, dtype %d, %lld x %lld, %d tokens%s, rows [%lld, %lld)\n", name(isa),
-                m.precision == Precision::fast ? "fast" : "exact", m.bits, m.group_size, static_cast<int>(m.dtype), static_cast<long long>(m.rows),
+                m.precision == Precision::exact ? "exact" : m.precision == Precision::fast ? "fast" : "fine", m.bits,
+                m.group_size, static_cast<int>(m.dtype), static_cast<long long>(m.rows),
                 static_cast<long long>(m.cols), c.count, c.gathered ? " gathered" : "", static_cast<long long>(begin),
                 static_cast<long long>(end));
   return good;

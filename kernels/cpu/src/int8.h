@@ -46,6 +46,7 @@ struct QuantizeArgs {
   std::byte* codes;
   float* factors;
   float* sums;  // factor * sum of the group's codes
+  float* rest;  // what the rounding leaves of x; null: not wanted
 };
 
 struct Int8Kernels {

@@ -41,14 +41,21 @@ inline T across(Vector<T, n> v, F f) {
   }
 }
 
-// Nearest integers to 32 values times `inverse`, ties to even, as codes in two halves; returns their sum.
-inline Floats encode(const float* x, float inverse, bool interleaved, std::byte* first, std::byte* second) {
+// Nearest integers to 32 values times `inverse`, ties to even, as codes in two halves; returns their sum. What they
+// times `factor` leave of x goes to `rest`, unless that is null.
+inline Floats encode(const float* x, float inverse, bool interleaved, std::byte* first, std::byte* second, float factor,
+                     float* rest) {
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23: the low byte of a sum with it is the integer
   Floats total = {};
   for (int k = 0; k < piece; k += width) {
     const Floats scaled = read_as<Floats>(x + k) * inverse;  // rounded by itself: no fused multiply-add
     const Floats shifted = scaled + magic;
-    total += shifted - magic;
+    const Floats rounded = shifted - magic;
+    total += rounded;
+    if (rest) {
+      const Floats left = read_as<Floats>(x + k) - rounded * factor;
+      std::memcpy(rest + k, &left, sizeof left);
+    }
     const auto codes = read_as<V::Int>(&shifted);
     if (interleaved) V::narrow_pairs(codes, first + k / 2, second + k / 2);
     else V::narrow(codes, k < 16 ? first + k : second + k - 16);
@@ -72,7 +79,8 @@ void quantize(const QuantizeArgs& args) {
     Floats sums = {};
     for (Index p = 0; p < pieces; ++p) {
       std::byte* codes = place(args, g * pieces + p);
-      sums += encode(x + p * piece, inverse, args.interleaved, codes, codes + 16 * L);
+      float* rest = args.rest ? args.rest + g * args.group_size + p * piece : nullptr;
+      sums += encode(x + p * piece, inverse, args.interleaved, codes, codes + 16 * L, factor, rest);
     }
     args.factors[g] = factor;
     args.sums[g] = factor * across<float, width>(sums, [](auto a, auto b) { return a + b; });

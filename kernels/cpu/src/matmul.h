@@ -12,7 +12,7 @@
 namespace mixbit {
 
 // Rows of activations made ready for the kernels, in each form that the matrices they meet ask for: float32 with the
-// sum over each group of 32, 64 and 128 columns (for the bias term), or int8 for one group size and order of codes.
+// sum over each group of 32, 64 and 128 columns (for the bias term), or int8 for one group size and order of codes, twice for those that are `fine`.
 // `serve` is called for each such matrix first, then rows are prepared, from any thread.
 class Activations {
  public:
@@ -35,16 +35,19 @@ class Activations {
     Buffer<float> values, sums;
     std::int64_t sum_offset(int group_size) const;
   };
-  // Rows as int8.h lays them out, of `stride` bytes.
+  // Rows as int8.h lays them out, of `stride` bytes; with a rest, each is followed by that of its rest.
   struct Int8 {
     int group_size;
-    bool interleaved;
+    bool interleaved, rest;
     std::int64_t factors, sums, stride;
     Buffer<std::byte> rows;
+    std::int64_t row_bytes() const { return rest ? 2 * stride : stride; }
   };
 
   void prepare_exact(std::int64_t row, const float* x, std::int64_t dim);
-  const Int8* int8_for(const Matrix& w) const;
+  void prepare_int8(const Int8& form, Isa isa, std::int64_t row, const float* x, std::int64_t dim);
+  Int8* int8_for(const Matrix& w);
+  const Int8* int8_for(const Matrix& w) const { return const_cast<Activations*>(this)->int8_for(w); }
 
   std::int64_t max_rows_, max_dim_;
   std::optional<Exact> exact_;

@@ -182,13 +182,8 @@ class Moe final : public Op {
 
 }  // namespace
 
-// The routing is always exact: rounding the input to int8 moves scores by more than lies between the last expert that
-// is chosen and the first that is not.
 std::unique_ptr<Op> make_moe(Context& context, Value x, const MoeWeights& weights, Value out) {
-  MoeWeights routed = weights;
-  routed.router.precision = Precision::exact;
-  if (routed.shared_gate) routed.shared_gate->precision = Precision::exact;
-  return std::make_unique<Moe>(context, x, routed, out);
+  return std::make_unique<Moe>(context, x, weights, out);
 }
 
 }  // namespace mixbit

@@ -8,8 +8,9 @@ namespace mixbit {
 
 enum class DType : std::uint8_t { f32, f16, bf16 };
 
-// How a matrix is applied: to float32 activations, or where its codes allow to activations rounded to int8.
-enum class Precision : std::uint8_t { exact, fast };
+// How a matrix is applied: to float32 activations, or where its codes allow to activations rounded to int8; fine: and
+// to what that rounding leaves, rounded to int8 again.
+enum class Precision : std::uint8_t { exact, fast, fine };
 
 constexpr std::int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
@@ -29,7 +30,7 @@ struct Matrix {
   std::int64_t experts = 1;
   Precision precision = Precision::exact;
 
-  bool takes_int8() const { return precision == Precision::fast && bits > 1; }
+  bool takes_int8() const { return precision != Precision::exact && bits > 1; }
   std::int64_t row_bytes() const { return bits == 0 ? cols * size_of(dtype) : cols * bits / 8; }
   std::int64_t groups() const { return bits == 0 ? 0 : cols / group_size; }
 

@@ -94,20 +94,30 @@ def test_quantized(bits: int, group: int, dtype: str, isa: str) -> None:
         assert_product(rng, quantized(rng, bits, group, dtype, shape), isa, count)
 
 
-def rounded(x: npt.NDArray[np.float32], group: int) -> npt.NDArray[np.float64]:
-    """What the fast mode takes x for: in each group of columns, the nearest multiples of a 127th of the peak."""
+def taken_for(x: npt.NDArray[np.float32], group: int, precision: str) -> npt.NDArray[np.float64]:
+    """What int8 kernels take x for; fine: with what the first rounding leaves, rounded again."""
+    codes, factors = rounded(x, group)
+    taken = codes.astype(np.float64) * factors
+    if precision == "fine":
+        codes, factors = rounded(x - (codes * factors).reshape(x.shape), group)
+        taken += codes.astype(np.float64) * factors
+    return taken.reshape(x.shape)
+
+
+def rounded(x: npt.NDArray[np.float32], group: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """In each group of columns, the nearest multiples of a 127th of the peak: multiples and 127ths."""
     groups = x.reshape(len(x), x.shape[1] // group, group)
     peak = np.abs(groups).max(axis=-1, keepdims=True)
     with np.errstate(divide="ignore"):
         inverse = np.where(peak > 1e-30, np.float32(127) / peak, np.float32(0))
-    codes = np.rint(groups * inverse).astype(np.float64)
-    return (codes * (peak / np.float32(127)).astype(np.float64)).reshape(x.shape)
+    return np.rint(groups * inverse), peak / np.float32(127)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("bits", WIDTHS[1:])
-def test_fast_mode_is_the_product_of_rounded_inputs(bits: int, group: int, dtype: str, isa: str) -> None:
+@pytest.mark.parametrize("precision", ["fast", "fine"])
+def test_int8_is_the_product_of_rounded_inputs(precision: str, bits: int, group: int, dtype: str, isa: str) -> None:
     """To 1e-6 of the sum of magnitudes; and a row of the result is the same, bit for bit, alone and in company."""
     rng = np.random.default_rng([bits, group, 1])
     for count, shape in shapes(rng, group):
@@ -116,28 +126,30 @@ def test_fast_mode_is_the_product_of_rounded_inputs(bits: int, group: int, dtype
         x[: count // 3, :group] = 0
         x[1:2] *= np.float32(1e-25)
         expert = int(rng.integers(shape[0]))
-        got = fast(stack, x, isa, expert)
-        w, taken = stack.values[expert], rounded(x, group)
+        got = int8(stack, x, isa, expert, precision)
+        w, taken = stack.values[expert], taken_for(x, group, precision)
+        if precision == "fine":
+            assert (np.abs(taken - x) <= 2e-5 * np.abs(x).max(initial=0)).all()
         assert (np.abs(got - taken @ w.T) <= 1e-6 * (np.abs(taken) @ np.abs(w).T) + 1e-30).all()
         for row in {0, count // 2, count - 1} if count else ():
-            np.testing.assert_array_equal(fast(stack, x[row : row + 1], isa, expert)[0], got[row])
+            np.testing.assert_array_equal(int8(stack, x[row : row + 1], isa, expert, precision)[0], got[row])
 
 
-def fast(stack: Stack, x: npt.NDArray[np.float32], isa: str, expert: int) -> npt.NDArray[np.float32]:
-    rows = stack.values.shape[1]
-    precision = _cpu.Precision.fast
+def int8(stack: Stack, x: npt.NDArray[np.float32], isa: str, expert: int, precision: str) -> npt.NDArray[np.float32]:
+    rows, kind = stack.values.shape[1], _cpu.Precision[precision]
     return _cpu.matmul_rows(
-        stack.native, x, isa=isa, expert=expert, index=None, row_begin=0, row_end=rows, precision=precision
+        stack.native, x, isa=isa, expert=expert, index=None, row_begin=0, row_end=rows, precision=kind
     )
 
 
-def test_fast_mode_does_not_hide_what_is_not_finite(isa: str) -> None:
+@pytest.mark.parametrize("precision", ["fast", "fine"])
+def test_int8_does_not_hide_what_is_not_finite(precision: str, isa: str) -> None:
     rng = np.random.default_rng(3)
     stack = quantized(rng, 4, 32, "bf16", (1, 5, 128))
     for bad in (np.nan, np.inf, -np.inf):
         x = rng.normal(size=(6, 128)).astype(np.float32)
         x[2, 40] = bad
-        got = fast(stack, x, isa, 0)
+        got = int8(stack, x, isa, 0, precision)
         assert not np.isfinite(got[2]).any()
         assert np.isfinite(np.delete(got, 2, axis=0)).all()
 
