@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mixbit.engine.errors import CheckpointError
-from mixbit.engine.inspection import Report, TensorClass, inspect_model
+from mixbit.engine.inspection import Report, inspect_model
+from mixbit.engine.protocol import TensorClass
 from mixbit.engine.safetensors import open_safetensors
 from tests.checkpoints import CONFIGS, edit_config, write_checkpoint
 
