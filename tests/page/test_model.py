@@ -109,11 +109,11 @@ def test_a_model_that_is_being_loaded(page: Page) -> None:
 
 
 def value(page: Page, title: str) -> str:
-    return page.locator(f"section.chart[aria-label='{title}'] .value").inner_text()
+    return str(page.locator(f"section.chart[aria-label='{title}'] .value").inner_text())
 
 
 def note(page: Page, title: str) -> str:
-    return page.locator(f"section.chart[aria-label='{title}'] .note").inner_text()
+    return str(page.locator(f"section.chart[aria-label='{title}'] .note").inner_text())
 
 
 def test_the_queue_and_the_cache_as_the_engine_tells(page: Page, site: Site) -> None:

@@ -38,7 +38,7 @@ def ask(page: Page, text: str) -> Locator:
 
 def text_of(answer: Locator) -> str:
     """The answer itself, without thoughts and figures."""
-    return answer.locator("> .prose").inner_text()
+    return str(answer.locator("> .prose").inner_text())
 
 
 def said(page: Page, text: str) -> Locator:
