@@ -101,8 +101,9 @@ async def test_the_model_is_described_when_it_is_ready(models: dict[str, Path]) 
         assert finished.usage.completion_tokens == 10
 
 
-@pytest.mark.parametrize("precision", ["exact", "fast"])
-@pytest.mark.parametrize("model", ["llama", "qwen3_next"])
+# Not hybrids in the fast mode: what else runs decides where a prompt is cut into chunks, the delta net's sums then
+# differ by rounding, and a code of a rounded input may become its neighbour.
+@pytest.mark.parametrize(("model", "precision"), [("llama", "exact"), ("qwen3_next", "exact"), ("llama", "fast")])
 async def test_the_text_of_a_request_does_not_depend_on_what_else_runs(
     models: dict[str, Path], model: str, precision: str
 ) -> None:
