@@ -26,10 +26,8 @@ class Source(NamedTuple):
 
 @cache
 def source(name: str, language: Language) -> Source:
-    """The text of kernels/metal/{name}.metal, or of kernels/cuda/{name}.cu where CUDA has its own."""
-    own = _KERNELS / "cuda" / f"{name}.cu"
-    path = own if language == "cuda" and own.exists() else _KERNELS / "metal" / f"{name}.metal"
-    header, _, body = _expand(path, language, set()).partition(_MARKER)
+    """The text of kernels/metal/{name}.metal."""
+    header, _, body = _expand(_KERNELS / "metal" / f"{name}.metal", language, set()).partition(_MARKER)
     return Source(_shorten(header), _shorten(body))
 
 
