@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench.serving import rate, serving
+from bench.serving import Command, rate, serving
 
 HERE = Path(__file__).parent
 
@@ -84,6 +84,7 @@ class Served:
 @contextlib.contextmanager
 def served(model: Path, threads: int) -> Iterator[Served]:
     """Our server as a user starts it."""
-    command = [sys.executable, "-m", "mixbit.server.cli.main", "serve", "--model", str(model), "--port", "{port}"]
-    with serving("ours", model.resolve().name, [*command, "--threads", str(threads), "--no-disk-cache"]) as server:
+    start = [sys.executable, "-m", "mixbit.server.cli.main", "serve", "--model", str(model), "--port", "{port}"]
+    command = Command("ours", model.resolve().name, [*start, "--threads", str(threads), "--no-disk-cache"])
+    with serving(command) as server:
         yield Served(server)
