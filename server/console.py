@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -68,13 +69,13 @@ def show_panel(url: str, models: list[tuple[ServedModel, Ready]], *, with_key: b
     rows.add_row("Page", f"[link={page}]{page}[/link]")
     for model, ready in models:
         names = model.name if len(model.names) == 1 else f"{model.name} (also {', '.join(model.names[1:])})"
-        rows.add_row("Model", names)
+        rows.add_row("Model", escape(names))
         loaded = f"{_size(ready.weight_bytes)}, loaded in {ready.load_seconds:.1f} s"
-        rows.add_row("Weights", f"{model.quantization}; {loaded}")
-        rows.add_row("Backend", ready.backend_reason)
+        rows.add_row("Weights", escape(f"{model.quantization}; {loaded}"))
+        rows.add_row("Backend", escape(ready.backend_reason))
         rows.add_row("Context", f"{ready.context_length:,} tokens; KV cache {_size(ready.cache_bytes)}")
         if model.template is None:
-            rows.add_row("Chat", f"[yellow]off: {model.template_problem}[/yellow]")
+            rows.add_row("Chat", f"[yellow]off: {escape(model.template_problem)}[/yellow]")
     rows.add_row("Access", ("this machine" if local else "any machine") + (", with an API key" if with_key else ""))
     console.print(Panel(rows, title="[bold]Mixbit[/bold]", title_align="left", expand=False, border_style="cyan"))
     console.print("Try it:", style="bold")

@@ -55,6 +55,10 @@ def _call(name: str, *arguments: Any) -> Any:
 def unavailable() -> str | None:
     """None if there is a driver with a device, else what is missing."""
     try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver here"
+    try:
         _driver()
     except ImportError:
         return "cuda-bindings is not installed (pip install 'mixbit[cuda]')"
