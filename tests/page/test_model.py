@@ -159,7 +159,7 @@ def test_a_real_server_moves_the_charts(page: Page, tiny_checkpoint: Path) -> No
 
 
 def test_the_demo_model_answers(page: Page, demo_checkpoint: Path) -> None:
-    with start("--model", str(demo_checkpoint)) as server:
+    with start("--model", str(demo_checkpoint), "--precision", "exact") as server:
         visit(page, server.url)
         page.locator("#settings-toggle").click()
         page.locator("[name=temperature]").fill("0")
