@@ -106,6 +106,9 @@ def connection(server: RunningServer, body: dict[str, Any], receive_buffer: int 
 def test_a_worker_killed_in_the_middle_of_streams(serve: Start) -> None:
     with serve(step=STEP, share=True) as server, server.client() as client, ThreadPoolExecutor(4) as pool:
         before = server.numbers()
+        expected = text_of(ask(server))
+        conversation = ask(server, prompt=[5, 9] * 80).json()
+        until(lambda: len(list(entries(server.disk))) >= 5)  # nothing else has been asked that fills a block
         begun, ends = threading.Barrier(5), []
 
         def stream() -> list[str]:
@@ -119,9 +122,6 @@ def test_a_worker_killed_in_the_middle_of_streams(serve: Start) -> None:
 
         streams = [pool.submit(stream) for _ in range(4)]
         begun.wait()
-        expected = text_of(ask(server))
-        conversation = ask(server, prompt=[5, 9] * 80).json()
-        until(lambda: len(list(entries(server.disk))) >= 4)
         killed = time.monotonic()
         server.worker().kill()
         until(lambda: client.get("/health").status_code == 503, 2)
