@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from mixbit.engine.constraint import GrammarCompiler, GrammarError
 from mixbit.engine.detokenizer import Detokenizer
-from mixbit.engine.protocol import ErrorCode, Generate, Sampling
+from mixbit.engine.pooling import Pooling
+from mixbit.engine.protocol import Embed, ErrorCode, Generate, Sampling
 from mixbit.engine.request import Request, prompt_stops
 from mixbit.engine.sampling import Sampler
 from mixbit.engine.tokenizer import Tokenizer
@@ -36,6 +37,17 @@ class Generation:
     eos_ids: frozenset[int]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Embedding:
+    """A request with what turns its hidden states into a vector."""
+
+    request: Request
+    pooling: Pooling
+
+
+Work = Generation | Embedding
+
+
 @dataclass(frozen=True)
 class Limits:
     """What requests may ask for. Lengths in tokens, prompt and output together."""
@@ -44,6 +56,7 @@ class Limits:
     cache_capacity: int  # tokens that fit in the cache at once
     vocab_size: int
     max_requests: int  # running and waiting
+    embedding_size: int | None = None  # None: texts cannot be embedded
 
 
 class Admission:
@@ -53,7 +66,7 @@ class Admission:
         self._tokenizer = tokenizer
         self._grammars = GrammarCompiler(tokenizer, limits.vocab_size)
         self._limits = limits
-        self._inside: dict[str, Generation | None] = {}  # None while it is prepared
+        self._inside: dict[str, Work | None] = {}  # None while it is prepared
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
@@ -67,7 +80,7 @@ class Admission:
 
         threading.Thread(target=work, name="vocabulary", daemon=True).start()
 
-    def admit(self, message: Generate) -> Generation:
+    def admit(self, message: Generate | Embed) -> Work:
         """The request, ready to run; it counts until `end` or `abort`. Raises RefusedError."""
         with self._lock:
             if message.request_id in self._inside:
@@ -78,17 +91,18 @@ class Admission:
                 )
             self._inside[message.request_id] = None
         try:
-            generation = self._inside[message.request_id] = self._build(message)
+            work = self._embedding(message) if isinstance(message, Embed) else self._generation(message)
+            self._inside[message.request_id] = work
         except BaseException:
             self.abort(message.request_id)
             raise
-        return generation
+        return work
 
-    def end(self, generation: Generation) -> None:
+    def end(self, work: Work) -> None:
         """Count a request no more. Another with its id, that came after an abort, still counts."""
         with self._lock:
-            if self._inside.get(generation.request.request_id) is generation:
-                del self._inside[generation.request.request_id]
+            if self._inside.get(work.request.request_id) is work:
+                del self._inside[work.request.request_id]
 
     def abort(self, request_id: str) -> None:
         """Make room for the next before the running step is over. The engine hears of the abort by itself."""
@@ -104,17 +118,28 @@ class Admission:
         self._check_tokens(tokens, "tokens")
         return self._tokenizer.decode(tokens), [self._tokenizer.token_bytes(token) for token in tokens]
 
-    def _build(self, message: Generate) -> Generation:
+    def _embedding(self, message: Embed) -> Embedding:
+        if self._limits.embedding_size is None:
+            raise RefusedError("invalid_value", "the backend that runs this model gives no hidden states", "model")
+        tokens = self._prompt(message)
+        self._longest(len(tokens))
+        request = Request(
+            message.request_id,
+            tokens,
+            prompt_tokens=len(tokens),
+            max_length=len(tokens) + 1,
+            embeds=True,
+        )
+        return Embedding(request, Pooling(self._limits.embedding_size))
+
+    def _generation(self, message: Generate) -> Generation:
         _check_sampling(message.sampling)
         self._check_tokens(message.sampling.logit_bias, "logit_bias")
         _check(message.max_tokens is None or message.max_tokens >= 1, "max_tokens", message.max_tokens, "at least 1")
         _check(message.logprobs is None or message.logprobs >= 0, "logprobs", message.logprobs, "at least 0")
         _check(message.logprobs is not None or not message.prompt_logprobs, "prompt_logprobs", True, "logprobs as well")
         _check("" not in message.stop, "stop", "an empty string", "strings with at least one character")
-        tokens = message.prompt
-        if isinstance(tokens, str):
-            tokens = self.tokenize(tokens, add_special_tokens=message.add_special_tokens)
-        self._check_tokens(tokens, "prompt")
+        tokens = self._prompt(message)
         longest = self._longest(len(tokens))
         if message.max_tokens is not None:
             longest = min(longest, len(tokens) + message.max_tokens)
@@ -126,7 +151,7 @@ class Admission:
         return Generation(
             Request(
                 message.request_id,
-                list(tokens),
+                tokens,
                 prompt_tokens=len(tokens),
                 max_length=longest,
                 stops=stops,
@@ -136,6 +161,14 @@ class Admission:
             Detokenizer(self._tokenizer, message.stop, message.shown_tokens),
             frozenset() if message.ignore_eos else self._tokenizer.eos_ids,
         )
+
+    def _prompt(self, message: Generate | Embed) -> list[int]:
+        """Its tokens, all within the vocabulary."""
+        tokens = message.prompt
+        if isinstance(tokens, str):
+            tokens = self.tokenize(tokens, add_special_tokens=message.add_special_tokens)
+        self._check_tokens(tokens, "prompt")
+        return list(tokens)
 
     def _longest(self, prompt: int) -> int:
         """How long a request with such a prompt can become. Raises RefusedError if no output would fit."""

@@ -82,7 +82,13 @@ def build(config: EngineConfig, progress: Progress) -> BuiltEngine:
         step_tokens=config.step_tokens,
         spare_states=cache.state_slots - config.max_running if model.program.gated_deltas else None,
     )
-    limits = Limits(context_length, scheduler.capacity, model.vocab_size, config.max_running + config.max_queue)
+    limits = Limits(
+        context_length=context_length,
+        cache_capacity=scheduler.capacity,
+        vocab_size=model.vocab_size,
+        max_requests=config.max_running + config.max_queue,
+        embedding_size=executor.hidden_dim,
+    )
     ready = Ready(
         model=describe(model),
         context_length=context_length,
@@ -93,6 +99,7 @@ def build(config: EngineConfig, progress: Progress) -> BuiltEngine:
         cache_bytes=executor.cache_bytes,
         block_bytes=(executor.cache_bytes - slot_bytes(model.program) * cache.state_slots) // cache.blocks,
         load_seconds=time.perf_counter() - start,
+        embedding_size=executor.hidden_dim,
     )
     runner = Runner(executor)
     disk = open_tier(config, scheduler, runner, choice.backend.name)

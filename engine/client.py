@@ -35,6 +35,7 @@ from mixbit.engine.protocol import (
     Delta,
     Detokenize,
     Detokenized,
+    Embed,
     Failed,
     Finished,
     FromWorker,
@@ -148,7 +149,7 @@ class EngineClient:
             raise EngineFailed(self.message or f"the engine is {self.state}")
         return self.ready
 
-    async def generate(self, request: Generate) -> Completion:
+    async def generate(self, request: Generate | Embed) -> Completion:
         """See Engine. Raises ValueError if the id is that of a running request."""
         if request.request_id in self._streams:
             raise ValueError(f"request id {request.request_id!r} is in use")
@@ -226,7 +227,7 @@ class EngineClient:
         if future is not None and not future.done():
             future.set_exception(RequestRefused("timeout", text))
 
-    async def _ask(self, message: Generate | Tokenize | Detokenize, param: str) -> Answer:
+    async def _ask(self, message: Generate | Embed | Tokenize | Detokenize, param: str) -> Answer:
         """Send a message and wait for its answer. Raises RequestRefused."""
         await self._wake()
         worker = self._worker

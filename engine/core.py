@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from mixbit.engine.admission import Admission, Generation
+from mixbit.engine.admission import Admission, Embedding, Generation, Work
 from mixbit.engine.detokenizer import Piece
 from mixbit.engine.disk_restore import Restore
 from mixbit.engine.disk_tier import DiskTier
 from mixbit.engine.pace import Pace
+from mixbit.engine.pooling import NonFiniteStatesError
 from mixbit.engine.protocol import Delta, Failed, Finished, FinishReason, FromWorker, Stats, TokenLogprobs, Usage
 from mixbit.engine.request import Chunk, Move, Request
 from mixbit.engine.sampling import NonFiniteLogitsError
@@ -21,7 +22,8 @@ from mixbit.engine.scheduler import Scheduler
 
 log = logging.getLogger("mixbit.engine")
 
-Step = Callable[[Sequence[Chunk], list[Move]], npt.NDArray[np.float32]]
+Row = npt.NDArray[np.float32]
+Step = Callable[[Sequence[Chunk], list[Move]], Iterable[Row]]
 
 # A step of one request that raises is that request's fault. So many in a row, with no step between them
 # that worked, is the device's: the worker gives up, and a new one may do better.
@@ -35,8 +37,8 @@ _BESIDE_SECONDS = 0.002  # and between steps of what does
 class EngineCore:
     """Scheduler, model, samplers and detokenizers of all requests.
 
-    step: makes the moves, computes chunks and returns logits [rows, vocab], for each chunk in order those of its
-    `rows`.
+    step: makes the moves, computes chunks and returns for each in order those of its `rows`: logits [vocab], or
+    hidden states if its request embeds.
     """
 
     def __init__(
@@ -52,8 +54,8 @@ class EngineCore:
         self._step = step
         self._disk = disk
         self._pace = pace or Pace(scheduler.step_tokens)
-        self._generations: dict[str, Generation] = {}
-        self._arriving: dict[Restore, list[Generation]] = {}  # wait for their prefixes from the disk
+        self._work: dict[str, Work] = {}
+        self._arriving: dict[Restore, list[Work]] = {}  # wait for their prefixes from the disk
         self._failures = 0
         self._steps = 0
         self._leaks = 0
@@ -63,13 +65,15 @@ class EngineCore:
         """Whether there is nothing to do."""
         return self.scheduler.idle and not self._arriving
 
-    def add(self, generation: Generation) -> None:
+    def add(self, work: Work) -> None:
         """Queue an admitted request, once what the disk has of its prompt is in memory."""
-        self._generations[generation.request.request_id] = generation
-        if self._disk is not None and (restore := self._disk.restore(generation.request.tokens)) is not None:
-            self._arriving.setdefault(restore, []).append(generation)
+        request = work.request
+        self._work[request.request_id] = work
+        restore = None if self._disk is None or request.embeds else self._disk.restore(request.tokens)
+        if restore is not None:
+            self._arriving.setdefault(restore, []).append(work)
         else:
-            self.scheduler.add(generation.request)
+            self.scheduler.add(request)
 
     def tidy(self) -> float | None:
         """Write behind while nothing runs; the seconds until there is more to do, None if there is not."""
@@ -84,13 +88,13 @@ class EngineCore:
 
     def abort(self, request_id: str) -> None:
         """Drop a request, wherever it is. Unknown ids are ignored."""
-        if (generation := self._generations.get(request_id)) is not None:
-            self._end(generation)
+        if (work := self._work.get(request_id)) is not None:
+            self._end(work)
 
     def step(self) -> list[FromWorker]:
         """Compute one step and return what it has to say. Only when not idle.
 
-        A request whose own step raises, or whose logits are not finite, fails alone. Raises what the step
+        A request whose own step raises, or whose results are not finite, fails alone. Raises what the step
         raised if steps keep failing.
         """
         self._arrive()
@@ -105,7 +109,7 @@ class EngineCore:
         start = time.perf_counter()
         self._steps += 1
         try:
-            logits = self._step(chunks, self.scheduler.moves)
+            results = self._step(chunks, self.scheduler.moves)
         except Exception as error:
             log.exception("a step of %d requests failed", len(chunks))
             return self._recover(chunks, error)
@@ -113,15 +117,18 @@ class EngineCore:
         decodes = sum(chunk.count == 1 and chunk.samples for chunk in chunks)
         self._pace.note(decodes, sum(chunk.count for chunk in chunks) - decodes, time.perf_counter() - start)
         messages: list[FromWorker] = []
-        rows = iter(logits)
+        rows = iter(results)
         for chunk in chunks:
-            samples, wanted = chunk.samples, chunk.rows
-            generation = self._generations[chunk.request.request_id]
+            own = [next(rows) for _ in chunk.rows]
+            work = self._work[chunk.request.request_id]
             self.scheduler.advance(chunk)
+            if isinstance(work, Embedding):
+                messages += self._pool(work, chunk, own)
+                continue
             if chunk.request.scoring:
-                messages += self._score(generation, [next(rows) for _ in wanted[: len(wanted) - samples]])
-            if samples:
-                messages += self._sample(generation, next(rows))
+                messages += self._score(work, own[: len(own) - chunk.samples])
+            if chunk.samples:
+                messages += self._sample(work, own[-1])
         if self._disk is not None:
             self._disk.save(1 if decodes else _EXPORTS)  # what takes long is for when nobody waits
         return messages
@@ -154,10 +161,27 @@ class EngineCore:
                 alone = False
 
     def _queue(self, restore: Restore) -> None:
-        for generation in self._arriving.pop(restore):
-            self.scheduler.add(generation.request)
+        for work in self._arriving.pop(restore):
+            self.scheduler.add(work.request)
 
-    def _score(self, generation: Generation, rows: Sequence[npt.NDArray[np.float32]]) -> list[FromWorker]:
+    def _pool(self, work: Embedding, chunk: Chunk, rows: Sequence[Row]) -> list[FromWorker]:
+        """Take in the hidden states of a chunk; after the last, the embedding."""
+        request = work.request
+        if chunk.start == 0:  # for the first time, or again after it had to give up its memory
+            work.pooling.restart()
+        work.pooling.add(rows)
+        if not chunk.samples:
+            return []
+        try:
+            embedding = work.pooling.embedding()
+        except NonFiniteStatesError as error:
+            self._end(work, faulty=True)
+            return [_failed(request, str(error))]
+        self._end(work)
+        usage = Usage(prompt_tokens=request.prompt_tokens, completion_tokens=0, cached_tokens=0)
+        return [Finished(request_id=request.request_id, reason="stop", usage=usage, embedding=embedding)]
+
+    def _score(self, generation: Generation, rows: Sequence[Row]) -> list[FromWorker]:
         """The log-probabilities of the prompt's next tokens, by the logits before each."""
         request, detokenizer = generation.request, generation.detokenizer
         assert request.scored is not None
@@ -171,7 +195,7 @@ class EngineCore:
             request.scored += 1
         return [Delta(request_id=request.request_id, text="", token_count=0, logprobs=entries)]
 
-    def _sample(self, generation: Generation, logits: npt.NDArray[np.float32]) -> list[FromWorker]:
+    def _sample(self, generation: Generation, logits: Row) -> list[FromWorker]:
         try:
             return self._next_token(generation, logits)
         except NonFiniteLogitsError as error:
@@ -182,7 +206,7 @@ class EngineCore:
         self._end(generation, faulty=True)
         return [_failed(generation.request, message)]
 
-    def _next_token(self, generation: Generation, logits: npt.NDArray[np.float32]) -> list[FromWorker]:
+    def _next_token(self, generation: Generation, logits: Row) -> list[FromWorker]:
         request, detokenizer = generation.request, generation.detokenizer
         choice = generation.sampler.choose(logits)
         full = self.scheduler.append(request, choice.token)
@@ -219,21 +243,21 @@ class EngineCore:
         if self._failures >= _FAILURES_IN_A_ROW:
             raise error
         request = chunks[0].request
-        self._end(self._generations[request.request_id], faulty=True)
+        self._end(self._work[request.request_id], faulty=True)
         return [_failed(request, f"the model failed on this request: {type(error).__name__}: {error}")]
 
-    def _end(self, generation: Generation, *, faulty: bool = False) -> None:
-        request = generation.request
-        if not self._forget_arrival(generation):
+    def _end(self, work: Work, *, faulty: bool = False) -> None:
+        request = work.request
+        if not self._forget_arrival(work):
             self.scheduler.finish(request, faulty=faulty)
-        del self._generations[request.request_id]
-        self.admission.end(generation)
+        del self._work[request.request_id]
+        self.admission.end(work)
 
-    def _forget_arrival(self, generation: Generation) -> bool:
+    def _forget_arrival(self, work: Work) -> bool:
         """End the wait of a request that the scheduler does not know yet; false if it does."""
         for restore, waiting in self._arriving.items():
-            if generation in waiting:
-                waiting.remove(generation)
+            if work in waiting:
+                waiting.remove(work)
                 if not waiting:
                     del self._arriving[restore]
                     restore.close()

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from mixbit.engine.errors import UserError
-from mixbit.engine.protocol import Delta, ErrorCode, Finished, Generate, Progress, Ready, Stats
+from mixbit.engine.protocol import Delta, Embed, ErrorCode, Finished, Generate, Progress, Ready, Stats
 
 
 class EngineState(StrEnum):
@@ -108,8 +108,8 @@ class Engine(Protocol):
     async def wait_ready(self) -> Ready:
         """Wait until the model has been loaded. Raises EngineFailed if it cannot be, or if the engine is closed."""
 
-    async def generate(self, request: Generate) -> Completion:
-        """Submit a request and wait until its prompt is tokenized and within the limits.
+    async def generate(self, request: Generate | Embed) -> Completion:
+        """Submit a request and wait until its prompt is tokenized and within the limits. An Embed has no Deltas.
 
         `request.request_id` is unique among the running ones. Raises RequestRefused: "not_ready" if the
         state is not READY, "context_length_exceeded", "invalid_value", "queue_full",

@@ -83,6 +83,17 @@ class Generate(Message, frozen=True):
     shown_tokens: list[str] = []  # special tokens that are part of the text; others are not shown
 
 
+class Embed(Message, frozen=True):
+    """Compute the embedding of one text: the mean of the hidden states of its tokens, scaled to length 1.
+
+    Answered as Generate, but for Deltas.
+    """
+
+    request_id: str
+    prompt: str | list[int]  # text: special tokens in it are parsed
+    add_special_tokens: bool
+
+
 class Abort(Message, frozen=True):
     """Stop a request and free what it holds. Nothing more is sent for it. Unknown ids are ignored."""
 
@@ -108,7 +119,7 @@ class Shutdown(Message, frozen=True):
     """Finish nothing, free the device, exit 0."""
 
 
-ToWorker = Generate | Abort | Tokenize | Detokenize | Shutdown
+ToWorker = Generate | Embed | Abort | Tokenize | Detokenize | Shutdown
 
 
 # --- worker to server ---
@@ -166,6 +177,7 @@ class Ready(Message, frozen=True):
     cache_bytes: int  # KV and recurrent states, allocated
     block_bytes: int  # of them, one KV block in all layers
     load_seconds: float
+    embedding_size: int | None = None  # values of an embedding; None if the backend gives none
 
 
 class Stats(Message, frozen=True):
@@ -244,6 +256,7 @@ class Finished(Message, frozen=True):
     reason: FinishReason
     usage: Usage
     stop: str | None = None  # the stop string that ended it
+    embedding: bytes | None = None  # of an Embed: float32, little-endian
 
 
 class Failed(Message, frozen=True):

@@ -17,8 +17,8 @@ class Request:
     """One sequence from arrival to end.
 
     Set by whoever makes it: request_id, prompt_tokens (count), tokens (the prompt), max_length (tokens of
-    prompt and output at most), stops (ascending; see prompt_stops), scored. The engine's: tokens are appended to,
-    scored is raised. All else is the scheduler's.
+    prompt and output at most), stops (ascending; see prompt_stops), scored, embeds. The engine's: tokens are appended
+    to, scored is raised. All else is the scheduler's.
     """
 
     request_id: str
@@ -27,6 +27,7 @@ class Request:
     max_length: int
     stops: tuple[int, ...] = ()  # lengths at which the recurrent state is worth keeping
     scored: int | None = None  # leading prompt tokens whose probability has been told; None: nobody asks
+    embeds: bool = False  # wants the hidden state of every token and no text; leaves nothing in the cache
     arrival: int = -1  # place in the order of arrival
     computed: int = 0  # leading tokens whose KV and recurrent state are in the cache
     cached_tokens: int = 0  # prompt tokens that were found in the cache and never computed
@@ -51,7 +52,9 @@ class Request:
 
     @property
     def reusable(self) -> int:
-        """Leading tokens that may come from the cache: all but the last, and those whose logits are wanted."""
+        """Leading tokens that may come from the cache: all but the last, and those of which more is wanted."""
+        if self.embeds:
+            return 0
         last = len(self.tokens) - 1
         return last if self.scored is None or not self.scoring else max(0, min(last, self.scored - 1))
 
@@ -76,8 +79,13 @@ class Chunk:
 
     @property
     def rows(self) -> range:
-        """Positions whose logits are wanted: the last if it samples; with scoring, each before a token to be scored."""
+        """Positions whose logits are wanted: the last if it samples; with scoring, each before a token to be scored.
+
+        Of a request that embeds: all, whose hidden states are wanted.
+        """
         end = self.start + self.count
+        if self.request.embeds:
+            return range(self.start, end)
         if self.request.scoring:
             assert self.request.scored is not None
             return range(max(self.start, self.request.scored - 1), end)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,19 @@ class Runner:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
 
-    def run(self, chunks: Sequence[Chunk], moves: list[Move]) -> npt.NDArray[np.float32]:
-        """Logits [rows, vocab] of the rows of each chunk, in order. `moves` are made before."""
+    def run(self, chunks: Sequence[Chunk], moves: list[Move]) -> Iterable[npt.NDArray[np.float32]]:
+        """Of each chunk in order its rows: logits [vocab], or hidden states [hidden] if its request embeds.
+
+        `moves` are made before.
+        """
         self.make(moves)
-        return self.executor.run(batch_of(chunks))
+        embeds = [chunk for chunk in chunks if chunk.request.embeds]
+        if not embeds:
+            return self.executor.run(batch_of(chunks))
+        others = [chunk for chunk in chunks if not chunk.request.embeds]
+        logits = iter(self.executor.run(batch_of(others)) if others else ())
+        states = iter(self.executor.hidden_states(batch_of(embeds)))
+        return [next(states if chunk.request.embeds else logits) for chunk in chunks for _ in chunk.rows]
 
     def make(self, moves: list[Move]) -> None:
         """Make the moves in order, and remove each once it is made."""

@@ -136,10 +136,15 @@ class Scheduler:
         return [self._chunk(request, count) for request, count in counts if count]
 
     def advance(self, chunk: Chunk) -> None:
-        """Note that a chunk has been computed: full blocks pass to the cache, with the states to be kept."""
+        """Note that a chunk has been computed: full blocks pass to the cache, with the states to be kept.
+
+        But for those of embedded texts: an index of thousands would drive out the conversations.
+        """
         request = chunk.request
         request.cached_tokens = min(request.cached_tokens, chunk.start)
         request.computed = chunk.start + chunk.count
+        if request.embeds:
+            return
         lasting = request.computed in request.stops
         if self.cache.recurrent and (lasting or chunk.count > 1):
             self._keep_state(request, lasting=lasting)
@@ -253,8 +258,8 @@ class Scheduler:
 
     def _leaves(self, leader: Request, shared: int) -> bool:
         """Whether a prefill will leave behind what others can go on from before it has computed `shared` tokens."""
-        if not self.cache.recurrent:
-            return True
+        if leader.embeds or not self.cache.recurrent:
+            return not leader.embeds
         return self.cache.slots.size > self.max_running and (
             shared - leader.computed >= self.step_tokens
             or any(leader.computed < stop <= shared for stop in leader.stops)
@@ -318,6 +323,7 @@ class Scheduler:
         assert node is not None
         start = node.depth * self.block_size
         own = list(request.blocks[node.depth :])
+        keep = keep and not request.embeds
         slot: int | None = request.slot
         if keep and cache.recurrent and request.computed:
             known = request.checkpoints if request.computed > start else node.checkpoints

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from mixbit.engine.admission import Admission, Generation, RefusedError
+from mixbit.engine.admission import Admission, Embedding, Generation, RefusedError, Work
 from mixbit.engine.build import LOAD_ERRORS, BuiltEngine, build
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.core import EngineCore
@@ -30,6 +30,7 @@ from mixbit.engine.protocol import (
     Accepted,
     Detokenize,
     Detokenized,
+    Embed,
     FromWorker,
     Generate,
     LoadFailed,
@@ -43,7 +44,7 @@ from mixbit.engine.protocol import (
 )
 from mixbit.engine.transport import ProtocolError, Unreadable, WorkerSocket
 
-Item = Generation | Abort | Shutdown  # what the reader thread hands to the main thread
+Item = Work | Abort | Shutdown  # what the reader thread hands to the main thread
 
 log = logging.getLogger("mixbit.engine")
 
@@ -96,21 +97,21 @@ class Inbox:
             case Shutdown():
                 pass
             case _:
-                generation, answer = self._answer(message)
+                work, answer = self._answer(message)
                 self._connection.send([answer])
-                if generation is not None:  # after the answer: deltas must not overtake it
-                    self._items.put(generation)
+                if work is not None:  # after the answer: deltas must not overtake it
+                    self._items.put(work)
 
-    def _answer(self, message: Generate | Tokenize | Detokenize | Unreadable) -> tuple[Generation | None, FromWorker]:
+    def _answer(self, message: Generate | Embed | Tokenize | Detokenize | Unreadable) -> tuple[Work | None, FromWorker]:
         request_id = message.request_id
         try:
             if self._admission is None:
                 raise RefusedError("not_ready", "the model is being loaded")
             match message:
-                case Generate():
-                    generation = self._admission.admit(message)
-                    prompt_tokens = generation.request.prompt_tokens
-                    return generation, Accepted(request_id=request_id, prompt_tokens=prompt_tokens)
+                case Generate() | Embed():
+                    work = self._admission.admit(message)
+                    prompt_tokens = work.request.prompt_tokens
+                    return work, Accepted(request_id=request_id, prompt_tokens=prompt_tokens)
                 case Tokenize():
                     tokens = self._admission.tokenize(message.text, add_special_tokens=message.add_special_tokens)
                     return None, Tokenized(request_id=request_id, tokens=tokens)
@@ -154,7 +155,7 @@ def serve(core: EngineCore, inbox: Inbox, connection: WorkerSocket) -> None:
         timeout = core.tidy() if core.idle else _CONGESTION_SECONDS if congested else 0.0
         for item in inbox.take(timeout):
             match item:
-                case Generation():
+                case Generation() | Embedding():
                     core.add(item)
                 case Abort():
                     core.abort(item.request_id)

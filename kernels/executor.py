@@ -67,6 +67,16 @@ class Executor(Protocol):
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Logits [selected, vocab] of the step; KV and recurrent state are updated in place."""
 
+    def hidden_states(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """As `run`, but of the same rows what the head would be applied to: [selected, hidden_dim].
+
+        Raises BackendError if hidden_dim is None.
+        """
+
+    @property
+    def hidden_dim(self) -> int | None:
+        """Values of a hidden state; None if this executor does not give them."""
+
     def copy_block(self, source: int, target: int) -> None:
         """Make block `target` equal to block `source`, in every attention layer."""
 

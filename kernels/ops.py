@@ -252,6 +252,15 @@ class Program:
     logits: Value
 
     @property
+    def hidden(self) -> Value:
+        """What the head is applied to: the last layer's output after the final norm, [selected, dim].
+
+        The logits themselves in a program without a head.
+        """
+        heads = (node for node in self.nodes if isinstance(node, BatchMatvec) and self.logits in node.outs)
+        return next((head.x for head in heads), self.logits)
+
+    @property
     def attentions(self) -> tuple[Attention, ...]:
         """The attention layers, in the order of their caches."""
         return tuple(node for node in self.nodes if isinstance(node, Attention))

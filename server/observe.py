@@ -16,6 +16,8 @@ from mixbit.engine.protocol import Delta, Finished, Usage
 
 log = logging.getLogger("mixbit.server")
 
+_POLLED = ("/metrics", "/health")  # asked for every second or so, by machines and by the page
+
 Outcome = Literal["completed", "cancelled", "failed", "timeout", "refused"]
 
 
@@ -162,11 +164,12 @@ class Observer:
             if record.id is not None:
                 record.end("failed" if status >= 500 else "cancelled")
                 self._meter.request(record)
-            if log.isEnabledFor(logging.INFO):
-                _log(record, scope["method"], quote(scope["path"])[:200], status)
+            level = logging.DEBUG if route in _POLLED and status < 400 else logging.INFO
+            if log.isEnabledFor(level):
+                _log(level, record, scope["method"], quote(scope["path"])[:200], status)
 
 
-def _log(record: Record, method: str, path: str, status: int) -> None:
+def _log(level: int, record: Record, method: str, path: str, status: int) -> None:
     seconds = time.perf_counter() - record.started
     fields: dict[str, object] = {"method": method, "path": path, "status": status, "seconds": round(seconds, 3)}
     line = f"{method} {path} {status} {seconds:.3f}s"
@@ -187,4 +190,4 @@ def _log(record: Record, method: str, path: str, status: int) -> None:
         )
         line += "" if record.first is None else f", first after {record.first:.3f}s"
         line += "" if rate is None else f", {rate} tok/s"
-    log.info("%s", line, extra={"fields": fields})
+    log.log(level, "%s", line, extra={"fields": fields})

@@ -34,6 +34,8 @@ class RequestLimits:
     max_logit_bias: int
     max_top_logprobs: int
     max_template_kwargs: int
+    max_inputs: int
+    embeddings_at_once: int
 
 
 @dataclass(frozen=True)

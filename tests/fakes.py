@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from mixbit.engine.client import Completion, EngineFailed, EngineState, RequestFailed, RequestRefused
 from mixbit.engine.protocol import (
     Delta,
+    Embed,
     ErrorCode,
     Finished,
     FinishReason,
@@ -26,8 +28,9 @@ from mixbit.engine.protocol import (
 class Reply:
     """What the fake answers to one request.
 
-    pieces: the texts of the deltas, one token each. delay: seconds before each. refuse: raised before
-    anything streams. fail: raised after the pieces instead of finishing. hang: never ends after the pieces.
+    pieces: the texts of the deltas, one token each. embedding: what an Embed gets instead. delay: seconds before each.
+    refuse: raised before anything streams. fail: raised after the pieces instead of finishing. hang: never ends after
+    the pieces.
     """
 
     pieces: Sequence[str] = ("Hello", " world")
@@ -40,6 +43,7 @@ class Reply:
     hang: bool = False
     prompt_tokens: int | None = None  # None: as `tokenize` counts them
     cached_tokens: int = 0
+    embedding: Sequence[float] = (0.6, 0.0, 0.8)
 
 
 def refusal(code: ErrorCode, message: str = "refused", param: str | None = None) -> Reply:
@@ -62,13 +66,14 @@ FAKE_READY = Ready(
     cache_bytes=1000,
     block_bytes=10,
     load_seconds=0.1,
+    embedding_size=3,
 )
 
 
 class FakeCompletion:
     """A completion that plays its reply."""
 
-    def __init__(self, engine: FakeEngine, request: Generate, reply: Reply, prompt_tokens: int) -> None:
+    def __init__(self, engine: FakeEngine, request: Generate | Embed, reply: Reply, prompt_tokens: int) -> None:
         self._engine, self._request, self._reply = engine, request, reply
         self.request_id = request.request_id
         self.prompt_tokens = prompt_tokens
@@ -79,6 +84,9 @@ class FakeCompletion:
         return self._events
 
     async def _play(self) -> AsyncIterator[Delta | Finished]:
+        if isinstance(self._request, Embed):
+            yield await self._embed()
+            return
         reply, limit = self._reply, self._request.max_tokens
         pieces = list(reply.pieces if limit is None else reply.pieces[:limit])
         reason: FinishReason = reply.reason if len(pieces) == len(reply.pieces) else "length"
@@ -100,6 +108,18 @@ class FakeCompletion:
         )
         yield Finished(request_id=self.request_id, reason=reason, usage=usage, stop=reply.stop)
 
+    async def _embed(self) -> Finished:
+        reply = self._reply
+        await asyncio.sleep(reply.delay)
+        if reply.hang:
+            await asyncio.Event().wait()
+        self._end()
+        if reply.fail is not None:
+            raise reply.fail
+        usage = Usage(prompt_tokens=self.prompt_tokens, completion_tokens=0, cached_tokens=0)
+        values = struct.pack(f"<{len(reply.embedding)}f", *reply.embedding)
+        return Finished(request_id=self.request_id, reason="stop", usage=usage, embedding=values)
+
     def _end(self) -> None:
         self._ended = True
         self._engine.running.pop(self.request_id, None)
@@ -120,11 +140,12 @@ class FakeCompletion:
 class FakeEngine:
     """An `Engine` that answers from a script; set its fields as the test needs.
 
-    reply: a Reply for every request, or a function of the request. Tokens are code points.
-    `requests`, `running` and `aborted` record what happened.
+    reply: a Reply for every request, or a function of the request; embedded: for every Embed. Tokens are code points.
+    `requests`, `embeds`, `running` and `aborted` record what happened.
     """
 
     reply: Reply | Callable[[Generate], Reply] = field(default_factory=Reply)
+    embedded: Reply | Callable[[Embed], Reply] = field(default_factory=Reply)
     state: EngineState = EngineState.READY
     ready: Ready | None = FAKE_READY
     on_demand: bool = False
@@ -133,6 +154,7 @@ class FakeEngine:
     restarts: int = 0
     message: str | None = None
     requests: list[Generate] = field(default_factory=list)
+    embeds: list[Embed] = field(default_factory=list)
     running: dict[str, FakeCompletion] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
 
@@ -144,10 +166,14 @@ class FakeEngine:
             raise EngineFailed(self.message or "the engine is not ready")
         return self.ready
 
-    async def generate(self, request: Generate) -> Completion:
+    async def generate(self, request: Generate | Embed) -> Completion:
         self._require_ready()
-        self.requests.append(request)
-        reply = self.reply(request) if callable(self.reply) else self.reply
+        if isinstance(request, Embed):
+            self.embeds.append(request)
+            reply = self.embedded(request) if callable(self.embedded) else self.embedded
+        else:
+            self.requests.append(request)
+            reply = self.reply(request) if callable(self.reply) else self.reply
         if reply.refuse is not None:
             raise reply.refuse
         count = reply.prompt_tokens if reply.prompt_tokens is not None else len(request.prompt)

@@ -31,16 +31,23 @@ class Sequence:
     def run(self, tokens: Items[int], logit_rows: Items[int] | None = None) -> npt.NDArray[np.float32]:
         """Append tokens; logits [rows, vocab] of the rows asked for, by default of every token."""
         rows = range(len(tokens)) if logit_rows is None else logit_rows
+        return self.executor.run(self._batch(tokens, rows)).copy()
+
+    def hidden_states(self, tokens: Items[int]) -> npt.NDArray[np.float32]:
+        """Append tokens; what the head would be applied to, of every token: [tokens, hidden_dim]."""
+        return self.executor.hidden_states(self._batch(tokens, range(len(tokens)))).copy()
+
+    def _batch(self, tokens: Items[int], logit_rows: Items[int]) -> Batch:
         batch = Batch(
             tokens=np.array(tokens, np.int32),
             query_starts=np.array([0, len(tokens)], np.int32),
             context_lengths=np.array([self._length], np.int32),
             block_tables=self._blocks[None],
             state_slots=np.array([1], np.int32),
-            logit_rows=np.array(rows, np.int32),
+            logit_rows=np.array(logit_rows, np.int32),
         )
         self._length += len(tokens)
-        return self.executor.run(batch).copy()
+        return batch
 
     def greedy(self, prompt: Items[int], count: int) -> list[int]:
         """The `count` tokens that follow the prompt, each the most likely."""

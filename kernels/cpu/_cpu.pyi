@@ -117,7 +117,7 @@ class Program:
         norm: _Norm,
         out: int,
     ) -> None: ...
-    def finish(self, logits: int, /) -> None: ...
+    def finish(self, logits: int, hidden: int, /) -> None: ...
     def run(
         self,
         tokens: _Ints,
@@ -126,6 +126,7 @@ class Program:
         block_tables: _Ints,
         state_slots: _Ints,
         logit_rows: _Ints,
+        hidden: bool,
         /,
     ) -> _Floats: ...
     def copy_block(self, source: int, target: int, /) -> None: ...

@@ -71,18 +71,26 @@ class CpuBackend:
             isa=options.isa or _cpu.best_isa(),
             profile=options.profile,
         )
-        return CpuExecutor(native, record(program, native))
+        return CpuExecutor(native, record(program, native), program.hidden.dim)
 
 
 class CpuExecutor:
     """A native program, and the weights that it points into."""
 
-    def __init__(self, native: _cpu.Program, weights: tuple[_cpu.Weight, ...]) -> None:
+    def __init__(self, native: _cpu.Program, weights: tuple[_cpu.Weight, ...], hidden_dim: int) -> None:
         self._native = native
         self._weights = weights
+        self.hidden_dim: int | None = hidden_dim
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Logits [selected, vocab]. ValueError, with nothing changed, for a batch that contradicts itself."""
+        return self._run(batch, hidden=False)
+
+    def hidden_states(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """As run: what the head would have been applied to, [selected, hidden_dim]."""
+        return self._run(batch, hidden=True)
+
+    def _run(self, batch: Batch, *, hidden: bool) -> npt.NDArray[np.float32]:
         return self._native.run(
             batch.tokens,
             batch.query_starts,
@@ -90,6 +98,7 @@ class CpuExecutor:
             batch.block_tables,
             batch.state_slots,
             batch.logit_rows,
+            hidden,
         )
 
     def copy_block(self, source: int, target: int) -> None:

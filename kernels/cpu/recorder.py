@@ -28,7 +28,7 @@ def record(program: ops.Program, native: _cpu.Program) -> tuple[_cpu.Weight, ...
         native.value(value.dim, value.rows is ops.Rows.SELECTED)
     for node in program.nodes:
         recorder.node(node)
-    native.finish(program.logits.index)
+    native.finish(program.logits.index, program.hidden.index)
     return tuple(recorder.weights.values())
 
 

@@ -22,7 +22,7 @@ from mixbit.kernels.cuda.prefill import Size
 from mixbit.kernels.cuda.step import StepData
 from mixbit.kernels.cuda.weights import Place, Store
 from mixbit.kernels.cuda.works import Work, folded, plain
-from mixbit.kernels.executor import Batch, Bytes, CacheConfig, ExecutorOptions
+from mixbit.kernels.executor import BackendError, Batch, Bytes, CacheConfig, ExecutorOptions
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,15 @@ class CudaExecutor:
             self._device.fetch(logits, steps.logits(selected))
         self._device.synchronize()
         return logits
+
+    def hidden_states(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Not there: a step is one graph, down to the logits."""
+        raise BackendError("the CUDA kernels give logits only; --kernels stock gives hidden states too")
+
+    @property
+    def hidden_dim(self) -> int | None:
+        """None: there are no hidden states."""
+        return None
 
     def _steps_of_many(self) -> Steps:
         if self._many is None:

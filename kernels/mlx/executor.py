@@ -47,10 +47,24 @@ class MlxExecutor:
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Logits [selected, vocab] of the step; KV and recurrent state are updated in place."""
+        return self._compute(batch, self._program.logits)
+
+    def hidden_states(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """As run: what the head would have been applied to, [selected, hidden_dim]."""
+        return self._compute(batch, self._program.hidden)
+
+    @property
+    def hidden_dim(self) -> int | None:
+        """Values of a hidden state."""
+        return self._program.hidden.dim
+
+    def _compute(self, batch: Batch, wanted: ops.Value) -> npt.NDArray[np.float32]:
         with mx.stream(self._device):
             step = Step.prepare(batch, self._block_size)
             values: Values = {}
             for node, operation in self._operations:
+                if wanted.index in values:
+                    break
                 if len(batch.logit_rows) == 0 and isinstance(node, ops.SelectRows):
                     break  # MLX does not multiply by no rows, and what follows makes nothing but logits
                 start = time.perf_counter()
@@ -58,14 +72,14 @@ class MlxExecutor:
                 if self._profile:
                     mx.eval(*values.values(), *self._pools())
                     self._seconds[ops.kind(node)] += time.perf_counter() - start
-            logits = values.get(self._program.logits.index)
+            result = values.get(wanted.index)
             values.clear()  # so that the evaluation can reuse the memory of each value after its last use
-            if logits is None:
+            if result is None:
                 mx.eval(*self._pools())
-                return np.zeros((0, self._program.logits.dim), np.float32)
-            logits = logits.astype(mx.float32)
-            mx.eval(logits, *self._pools())
-            return np.array(logits)
+                return np.zeros((0, wanted.dim), np.float32)
+            result = result.astype(mx.float32)
+            mx.eval(result, *self._pools())
+            return np.array(result)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block in every attention layer."""

@@ -55,13 +55,27 @@ class ReferenceExecutor:
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Logits [selected, vocab] of the step; pools are updated in place."""
+        return self._compute(batch, self.program.logits)
+
+    def hidden_states(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """As run: what the head would have been applied to, [selected, hidden_dim]."""
+        return self._compute(batch, self.program.hidden)
+
+    @property
+    def hidden_dim(self) -> int | None:
+        """Values of a hidden state."""
+        return self.program.hidden.dim
+
+    def _compute(self, batch: Batch, wanted: ops.Value) -> Float32Array:
         values: dict[ops.Value, Float32Array] = {}
         for node in self.program.nodes:
+            if wanted in values:
+                break
             start = time.perf_counter()
             self._run_node(node, values, batch)
             if self.profile:
                 self._seconds[ops.kind(node)] += time.perf_counter() - start
-        return values[self.program.logits]
+        return values[wanted]
 
     def _run_node(self, node: ops.Node, values: dict[ops.Value, Float32Array], batch: Batch) -> None:
         match node:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mixbit.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from mixbit.engine.admission import Generation
+    from mixbit.engine.admission import Work
     from mixbit.engine.build import BuiltEngine
     from mixbit.server.model import ServedModel
 
@@ -111,16 +111,16 @@ def run(args: argparse.Namespace) -> int:
         model = describe_model(directory, [args.model, directory.name])
         engine = build(config, steps.update)
     try:
-        generation = _admit(args, engine, model, prompt)
+        work = _admit(args, engine, model, prompt)
     except RefusedError as error:
         raise GenerateError(error.message) from None
-    timing = _complete(engine, generation)
+    timing = _complete(engine, work)
     if args.timing:
         _show(timing, engine)
     return 0
 
 
-def _admit(args: argparse.Namespace, engine: BuiltEngine, model: ServedModel, prompt: str) -> Generation:
+def _admit(args: argparse.Namespace, engine: BuiltEngine, model: ServedModel, prompt: str) -> Work:
     from mixbit.engine.protocol import Generate, Sampling
 
     values = {name: getattr(args, name) for name in _SAMPLING}
@@ -169,12 +169,12 @@ class _Timing:
     decode: _Span
 
 
-def _complete(engine: BuiltEngine, generation: Generation) -> _Timing:
+def _complete(engine: BuiltEngine, work: Work) -> _Timing:
     """Stream the completion to stdout."""
     from mixbit.engine.protocol import Delta, Failed
 
-    core, request = engine.core, generation.request
-    core.add(generation)
+    core, request = engine.core, work.request
+    core.add(work)
     marks = [(time.perf_counter(), engine.executor.phase_seconds())]
     while not core.idle:
         for message in core.step():

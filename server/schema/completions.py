@@ -15,7 +15,7 @@ Prompts = Annotated[list[str], Field(min_length=1, max_length=REQUEST.max_choice
 TokenPrompts = Annotated[list[Tokens], Field(min_length=1, max_length=REQUEST.max_choices)]
 
 
-def _kind(prompt: Any) -> str | None:
+def prompt_kind(prompt: Any) -> str | None:
     """The kind of prompt, told by the first entry of a list, so that an error is about what was meant."""
     if isinstance(prompt, str):
         return "text"
@@ -31,7 +31,7 @@ Prompt = Annotated[
     | Annotated[Tokens, Tag("tokens")]
     | Annotated[TokenPrompts, Tag("token lists")],
     Discriminator(
-        _kind,
+        prompt_kind,
         custom_error_type="prompt",
         custom_error_message="must be text, tokens, or a list of either",
     ),

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs, not ours
 
+EMBEDDING_SIZE = 576  # of the demo
 QUESTION = "What is the capital of France?"
 MESSAGES: Any = [{"role": "user", "content": QUESTION}]
 
@@ -71,8 +72,10 @@ def test_openai(url: str, model: str) -> None:
         check_call(call.name, json.loads(call.arguments))
         scored: Any = client.completions.create(model=model, prompt="One two", echo=True, logprobs=1, max_tokens=1)
         assert scored.choices[0].logprobs.token_logprobs[0] is None
+        vectors = client.embeddings.create(model=model, input=["One", "two"]).data
+        assert [len(each.embedding) for each in vectors] == [EMBEDDING_SIZE] * 2
         with pytest.raises(openai.BadRequestError):
-            client.embeddings.create(model=model, input="x")
+            client.embeddings.create(model=model, input="x", dimensions=5)
 
 
 async def test_openai_async(url: str, model: str) -> None:
@@ -138,9 +141,21 @@ def test_litellm(url: str, model: str, kind: str, monkeypatch: pytest.MonkeyPatc
         check_call(call.function.name, json.loads(call.function.arguments))
 
 
-def test_langchain(url: str, model: str) -> None:
-    from langchain_openai import ChatOpenAI
+def test_litellm_embeds(url: str, model: str) -> None:
+    import litellm
 
+    answer = litellm.embedding(model=f"openai/{model}", input=["One", "two"], api_base=f"{url}/v1", api_key="none")
+    assert [len(each["embedding"]) for each in answer.data] == [EMBEDDING_SIZE] * 2
+
+
+def test_langchain(url: str, model: str) -> None:
+    from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+
+    own: Any = {"check_embedding_ctx_length": False}  # else it sends the tokens of another model
+    embeddings = OpenAIEmbeddings(base_url=f"{url}/v1", api_key="none", model=model, **own)
+    vectors = embeddings.embed_documents(["One", "two"])
+    assert [len(each) for each in vectors] == [EMBEDDING_SIZE] * 2
+    assert embeddings.embed_query("One") == pytest.approx(vectors[0], abs=1e-4)
     chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=model, temperature=0, max_tokens=40)
     whole = chat.invoke(QUESTION)
     assert "Paris" in whole.content

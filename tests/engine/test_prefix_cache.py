@@ -253,6 +253,8 @@ def test_random_conversations_aborts_faults_and_evictions(
             one = prompt(str(number), tokens, rng.randint(1, 8))
             if one.max_length <= twin.scheduler.capacity:
                 one.stops = tuple(sorted({rng.randint(1, len(tokens)) for _ in range(2)}))
+                if rng.random() < 0.2:
+                    one.embeds, one.stops, one.max_length = True, (), len(tokens) + 1
                 added.append(one)
                 twin.scheduler.add(one)
         elif event < 0.55 and added:
@@ -268,4 +270,5 @@ def test_random_conversations_aborts_faults_and_evictions(
     twin.run()
     for each in twin.finished:
         assert each.cached_tokens == min(twin.computed[each], each.prompt_tokens)
+        assert not (each.embeds and each.cached_tokens)
     twin.scheduler.check_idle()

@@ -56,7 +56,9 @@ class Twin:
         for chunk in plan:
             self.compute(chunk)
         for chunk in plan:
+            before = len(list(self.scheduler.cache.nodes()))
             self.scheduler.advance(chunk)
+            assert not chunk.request.embeds or len(list(self.scheduler.cache.nodes())) == before
             if chunk.request.pending == 0 and self.scheduler.append(chunk.request, token=1):
                 self.scheduler.finish(chunk.request)
                 self.finished.append(chunk.request)

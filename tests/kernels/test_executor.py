@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mixbit.kernels.executor import Batch, CacheConfig, Executor
-from mixbit.kernels.ops import AttentionSpec, Columns, GatedDeltaSpec, Program, ProgramBuilder, kind
+from mixbit.kernels.executor import BackendError, Batch, CacheConfig, Executor
+from mixbit.kernels.ops import AttentionSpec, BatchMatvec, Columns, GatedDeltaSpec, Program, ProgramBuilder, kind
+from mixbit.kernels.reference.matrix import batch_matvec
 from mixbit.kernels.spec import BatchMatvecSpec
 from tests.kernels.builders import CACHE, FloatArray, Sequences, Tensors, assert_close
 from tests.kernels.conftest import REFERENCE, Candidate
@@ -67,6 +68,27 @@ def test_whole_model_like_reference(candidate: Candidate) -> None:
     ):
         batch = last_rows(sequences, tokens)
         assert_close(ours.run(batch), reference.run(batch), candidate.rounding * 1e-4)
+
+
+def test_hidden_states_like_reference_and_the_head_makes_the_logits_of_them(any_candidate: Candidate) -> None:
+    ours, reference, of_logits = any_candidate.compile(PROGRAM), REFERENCE.compile(PROGRAM), REFERENCE.compile(PROGRAM)
+    if ours.hidden_dim is None:
+        with pytest.raises(BackendError, match="logits only"):
+            ours.hidden_states(last_rows(Sequences(CACHE, count=1), {0: [1]}))
+        return
+    assert ours.hidden_dim == DIM
+    sequences = Sequences(CACHE, count=3)
+    head = PROGRAM.nodes[-1]
+    assert isinstance(head, BatchMatvec)
+    for tokens, rows in (({0: [1, 2, 3, 4, 5]}, [0, 1, 2, 3, 4]), ({1: [9, 7], 0: [8]}, [2, 0]), ({2: [3]}, [])):
+        batch = sequences.step(tokens, rows)
+        states = ours.hidden_states(batch)
+        assert states.shape == (len(rows), DIM)
+        assert_close(states, reference.hidden_states(batch), 1e-4)
+        (logits,) = batch_matvec(head.specs, states)
+        assert_close(logits, of_logits.run(batch), 1e-4)
+    batch = last_rows(sequences, {0: [1], 1: [2], 2: [4]})  # the caches went on as in any step
+    assert_close(ours.run(batch), reference.run(batch), 1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -50,16 +50,21 @@ TOKENS = [int(token) for token in np.random.default_rng(7).integers(0, VOCAB_SIZ
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, what mlx-lm says of TOKENS [tokens, vocab], and our program."""
+    """A checkpoint, what mlx-lm says of TOKENS: logits [tokens, vocab], hidden states [tokens, dim]; our program."""
 
     expected: FloatArray
+    hidden: FloatArray
     program: Program
 
 
-def mlx_lm_logits(directory: Path, tokens: list[int]) -> FloatArray:
+def mlx_lm_outputs(directory: Path, tokens: list[int]) -> tuple[FloatArray, FloatArray]:
+    """Logits, and the hidden states after the final norm."""
     with mx.stream(mx.cpu):
         model, _ = load_model(directory)
-        return np.array(model(mx.array([tokens]))[0].astype(mx.float32))
+        body: Any = getattr(model, "language_model", model).model  # type: ignore[union-attr]
+        outputs = model(mx.array([tokens])), body(mx.array([tokens]))
+        logits, hidden = (np.array(each[0].astype(mx.float32)) for each in outputs)
+        return logits, hidden
 
 
 def difference(actual: FloatArray, expected: FloatArray) -> float:
@@ -78,7 +83,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
             write_checkpoint(directory, model_type, **{"overrides": MIXED, **options})
             model = load(directory)
             assert model.warnings == ()
-            made[key] = Case(mlx_lm_logits(directory, TOKENS), model.program)
+            made[key] = Case(*mlx_lm_outputs(directory, TOKENS), model.program)
         return made[key]
 
     return get
@@ -103,6 +108,18 @@ def test_prefill_in_chunks_then_step_by_step(case: Callable[..., Case], model_ty
     logits = [sequence.run(TOKENS[2:19]), sequence.run(TOKENS[19:20])]
     logits += [sequence.run(TOKENS[i : i + 1]) for i in range(20, len(TOKENS))]
     assert difference(np.concatenate(logits), expected[2:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_hidden_states_whole_and_in_chunks(case: Callable[..., Case], model_type: str, backend: str) -> None:
+    made = case(model_type)
+    sequence = Sequence(choose(backend).backend, made.program, len(TOKENS))
+    assert difference(sequence.hidden_states(TOKENS), made.hidden) < TOLERANCE
+    sequence.reset()
+    chunks = [sequence.hidden_states(TOKENS[:2]), sequence.hidden_states(TOKENS[2:20])]
+    chunks.append(sequence.hidden_states(TOKENS[20:]))
+    assert difference(np.concatenate(chunks), made.hidden) < TOLERANCE
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

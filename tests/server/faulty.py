@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 FAULT = 77
@@ -36,7 +36,7 @@ def work(arguments: list[str]) -> int:
     seconds = float(os.environ.get("STEP_SECONDS", "0"))
     run = Runner.run
 
-    def faulty(self: Runner, chunks: Sequence[Chunk], *rest: Any) -> npt.NDArray[np.float32]:
+    def faulty(self: Runner, chunks: Sequence[Chunk], *rest: Any) -> Iterable[npt.NDArray[np.float32]]:
         time.sleep(seconds)
         if any(FAULT in chunk.request.tokens[: chunk.request.prompt_tokens] for chunk in chunks):
             raise ArithmeticError("the model step failed, as asked")

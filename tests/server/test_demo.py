@@ -66,3 +66,19 @@ def test_an_answer_can_be_begun(server: RunningServer) -> None:
             max_tokens=5,
         )
         assert "Paris" in (answer.choices[0].message.content or "")
+
+
+def test_texts_of_one_meaning_lie_nearer(server: RunningServer) -> None:
+    groups = [
+        ["The cat sleeps on the sofa.", "A kitten is napping on the couch."],
+        ["def add(a, b): return a + b", "def total(x, y): return x + y"],
+        ["Interest rates rose again this year.", "The central bank has raised its rates."],
+    ]
+    texts = [text for pair in groups for text in pair]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        answer = client.embeddings.create(model=client.models.list().data[0].id, input=texts)
+    vectors = [each.embedding for each in answer.data]
+    for place, vector in enumerate(vectors):
+        likeness = [sum(a * b for a, b in zip(vector, other, strict=True)) for other in vectors]
+        likeness[place] = -1.0
+        assert likeness.index(max(likeness)) == place ^ 1, likeness

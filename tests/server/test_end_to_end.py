@@ -17,7 +17,7 @@ from tests.server.conftest import CONTEXT
 from tests.server.running import RunningServer, until
 from tests.server.support import error_of, events
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 24}
 
 
@@ -266,6 +266,43 @@ def test_a_client_may_look_whether_someone_is_there(tiny_server: RunningServer) 
             found = client.head(path)
             assert (found.status_code, found.content) == (200, b""), path
             assert client.get(path).headers["content-length"] == found.headers["content-length"]
+
+
+def test_embeddings_of_texts_and_of_their_tokens_whatever_else_runs(tiny_server: RunningServer) -> None:
+    texts = ["hello", "hello, hello " * 60, "something else", "hello"]
+
+    def vectors(given: Any) -> Any:
+        answer = post(tiny_server, EMBED, input=given).json()
+        assert answer["usage"]["total_tokens"] == counted
+        return [each["embedding"] for each in answer["data"]]
+
+    with tiny_server.client() as client:
+        asked = [{"content": text, "add_special": True} for text in texts]
+        tokens = [client.post("/tokenize", json=each).json()["tokens"] for each in asked]
+    counted = sum(map(len, tokens))
+    alone = vectors(texts)
+    assert all(sum(value * value for value in vector) == pytest.approx(1, abs=1e-5) for vector in alone)
+    assert alone[0] == pytest.approx(alone[3], abs=1e-5)
+    assert alone[0] != pytest.approx(alone[2], abs=1e-2)
+    expected = text_of(tiny_server, max_tokens=100, ignore_eos=True)
+    with ThreadPoolExecutor(4) as pool:
+        text = pool.submit(text_of, tiny_server, max_tokens=100, ignore_eos=True)
+        for found in pool.map(vectors, (texts, tokens, texts)):
+            for one, other in zip(found, alone, strict=True):
+                assert one == pytest.approx(other, abs=1e-4)
+        assert text.result() == expected
+
+
+def test_hanging_up_ends_the_embedding(tiny_server: RunningServer) -> None:
+    with tiny_server.client() as client, pytest.raises(httpx.ReadTimeout):
+        client.post(EMBED, json={"input": ["x y z " * 200] * 500}, timeout=0.5)
+    until(lambda: idle(tiny_server), 5)
+
+
+def test_a_text_too_long_to_embed(tiny_server: RunningServer) -> None:
+    response = post(tiny_server, EMBED, input=["fine", "x y z " * CONTEXT])
+    assert response.status_code == 400
+    assert (error_of(response)["code"], error_of(response)["param"]) == ("context_length_exceeded", "input")
 
 
 # --- the openai SDK ---

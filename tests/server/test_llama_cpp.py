@@ -153,11 +153,6 @@ async def test_props_say_what_is_served_and_no_path() -> None:
         assert answer["chat_template"] == ""
 
 
-async def test_embeddings_are_refused_clearly() -> None:
-    response = await post("/v1/embeddings", input="x")
-    assert (response.status_code, error_of(response)["code"]) == (400, "embeddings_not_supported")
-
-
 async def test_the_docs_page_needs_no_network() -> None:
     async with connect(FakeEngine()) as client:
         page = await client.get("/docs")

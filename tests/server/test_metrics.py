@@ -161,17 +161,28 @@ async def test_one_line_a_request_without_its_words(caplog: pytest.LogCaptureFix
     async with connect(FakeEngine(reply)) as client:
         body = {"messages": [{"role": "user", "content": "a secret question"}], "stream": True}
         response = await client.post(CHAT, json=body)
-        await client.get("/health")
-    request, health = [record for record in caplog.records if record.name == "mixbit.server"]
+        await client.get("/v1/models")
+    request, models = [record for record in caplog.records if record.name == "mixbit.server"]
     fields: dict[str, Any] = request.__dict__["fields"]
     assert fields["id"] == events(response.text)[0]["id"]
     assert (fields["outcome"], fields["status"], fields["path"]) == ("completed", 200, CHAT)
     assert (fields["cached_tokens"], fields["completion_tokens"]) == (3, 2)
     assert fields["prompt_tokens"] > 3
     assert 0 <= fields["ttft"] <= fields["seconds"]
-    assert "id" not in health.__dict__["fields"]
+    assert "id" not in models.__dict__["fields"]
     for word in ("secret", "question", "private", "answer"):
         assert word not in caplog.text
+
+
+async def test_what_machines_ask_for_all_the_time_is_not_news(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "mixbit.server")
+    async with connect(FakeEngine()) as client:
+        await client.get("/metrics")
+        await client.get("/health")
+    async with connect(FakeEngine(state=EngineState.FAILED, ready=None)) as client:
+        await client.get("/health")
+    lines = [record for record in caplog.records if record.name == "mixbit.server"]
+    assert [line.levelno for line in lines] == [logging.DEBUG, logging.DEBUG, logging.INFO]
 
 
 # --- the real server ---

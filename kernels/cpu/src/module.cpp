@@ -124,9 +124,10 @@ void gated_delta(Program& p, const std::vector<ColumnsArg>& in, std::int64_t key
 
 nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Program& p, const Ints& tokens, const Ints& query_starts,
                                                const Ints& context_lengths, const IntTable& block_tables,
-                                               const Ints& state_slots, const Ints& logit_rows) {
-  const std::size_t rows = logit_rows.size(), cols = static_cast<std::size_t>(p.vocabulary());
-  std::unique_ptr<float[]> logits(new float[rows * cols]);
+                                               const Ints& state_slots, const Ints& logit_rows, bool hidden) {
+  const Output output = hidden ? Output::hidden : Output::logits;
+  const std::size_t rows = logit_rows.size(), cols = static_cast<std::size_t>(p.width(output));
+  std::unique_ptr<float[]> out(new float[rows * cols]);
   const Batch batch{span(tokens),
                     span(query_starts),
                     span(context_lengths),
@@ -136,9 +137,9 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Program& p, const Ints& tokens, c
                     span(logit_rows)};
   {
     nb::gil_scoped_release unlocked;
-    p.run(batch, logits.get());
+    p.run(batch, output, out.get());
   }
-  float* data = logits.release();
+  float* data = out.release();
   nb::capsule owner(data, [](void* memory) noexcept { delete[] static_cast<float*>(memory); });
   return {data, {rows, cols}, owner};
 }

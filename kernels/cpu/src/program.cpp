@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <stdexcept>
 
 #include "plan.h"
 
@@ -21,8 +22,13 @@ void Program::add(const char* kind, std::unique_ptr<Op> op, std::vector<int> inp
 
 void Program::uses_vocabulary(std::int64_t size) { token_limit_ = std::min(token_limit_, size); }
 
-void Program::finish(int logits) {
+void Program::finish(int logits, int hidden) {
   logits_ = value(logits).index;
+  hidden_ = value(hidden).index;
+  const auto makes = [&](const Node& node) { return std::ranges::find(node.outputs, hidden) != node.outputs.end(); };
+  const auto last = std::ranges::find_if(nodes_, makes);
+  if (last == nodes_.end()) throw std::invalid_argument("no node makes the hidden states");
+  to_hidden_ = static_cast<std::size_t>(last - nodes_.begin()) + 1;
   const std::int64_t rows = context_.limits.max_tokens;
   std::vector<NodeValues> nodes;
   for (const Node& node : nodes_) nodes.push_back({node.inputs, node.outputs});
@@ -35,7 +41,7 @@ void Program::finish(int logits) {
   blocks_.resize(static_cast<std::size_t>(rows));
 }
 
-Step Program::begin_step(const Batch& batch, float* logits) {
+Step Program::begin_step(const Batch& batch) {
   Step step;
   step.tokens = static_cast<std::int64_t>(batch.tokens.size());
   step.sequences = static_cast<std::int64_t>(batch.context_lengths.size());
@@ -61,16 +67,17 @@ Step Program::begin_step(const Batch& batch, float* logits) {
   for (std::size_t v = 0; v < values_.size(); ++v) {
     step.values.push_back(place_[v] < 0 ? nullptr : memory_[static_cast<std::size_t>(place_[v])].data());
   }
-  step.values[static_cast<std::size_t>(logits_)] = logits;
   return step;
 }
 
-void Program::run(const Batch& batch, float* logits) {
+void Program::run(const Batch& batch, Output output, float* out) {
   check(batch);
-  const Step step = begin_step(batch, logits);
+  Step step = begin_step(batch);
+  step.values[static_cast<std::size_t>(logits_)] = out;
   for (const auto& rope : ropes_) rope->prepare(context_.machine.pool, step);
   using Clock = std::chrono::steady_clock;
-  for (Node& node : nodes_) {
+  const std::size_t count = output == Output::logits ? nodes_.size() : to_hidden_;
+  for (Node& node : std::span(nodes_).first(count)) {
     if (!profile_) {
       node.op->run(step);
       continue;
@@ -78,6 +85,10 @@ void Program::run(const Batch& batch, float* logits) {
     const auto start = Clock::now();
     node.op->run(step);
     seconds_[node.kind] += std::chrono::duration<double>(Clock::now() - start).count();
+  }
+  if (output == Output::hidden && hidden_ != logits_) {
+    const Value hidden = value(hidden_);
+    std::copy_n(step.row(hidden, 0), step.rows(hidden) * hidden.dim, out);
   }
 }
 

@@ -20,6 +20,9 @@ struct Batch {
   std::span<const std::int32_t> state_slots, logit_rows;
 };
 
+// What a step gives: of each selected row the logits, or what the head would have made them from.
+enum class Output : std::uint8_t { logits, hidden };
+
 class Program {
  public:
   Program(const Limits& limits, int threads, Isa isa, bool profile)
@@ -43,14 +46,15 @@ class Program {
   void uses_state() { has_state_ = true; }
   std::int64_t& cache_bytes() { return cache_bytes_; }
 
-  // Ends recording: values whose lives do not overlap share memory. `logits` is written to the caller's.
-  void finish(int logits);
+  // Ends recording: values whose lives do not overlap share memory. `logits` is written to the caller's; `hidden` is
+  // what the head makes them from, or `logits` again if there is no head.
+  void finish(int logits, int hidden);
 
-  std::int64_t vocabulary() const { return value(logits_).dim; }
+  std::int64_t width(Output output) const { return value(output == Output::logits ? logits_ : hidden_).dim; }
 
-  // logits: [selected, vocabulary]. Throws std::invalid_argument, before anything is touched, if the batch
+  // out: [selected, width(output)]. Throws std::invalid_argument, before anything is touched, if the batch
   // contradicts itself or the pools.
-  void run(const Batch& batch, float* logits);
+  void run(const Batch& batch, Output output, float* out);
 
   const std::map<std::string, double>& seconds() const { return seconds_; }
 
@@ -63,7 +67,7 @@ class Program {
 
   void check(const Batch& batch) const;
   void check_sequence(const Batch& batch, std::size_t s) const;
-  Step begin_step(const Batch& batch, float* logits);
+  Step begin_step(const Batch& batch);
 
   Context context_;
   bool profile_;
@@ -72,7 +76,8 @@ class Program {
   std::vector<Value> values_;
   std::vector<std::unique_ptr<Rope>> ropes_;
   std::vector<Node> nodes_;
-  int logits_ = -1;
+  int logits_ = -1, hidden_ = -1;
+  std::size_t to_hidden_ = 0;  // nodes, up to the one that makes the hidden states
   std::vector<Buffer<float>> memory_;
   std::vector<int> place_;  // of each value in memory_
   std::vector<std::int32_t> positions_, blocks_;
