@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -15,10 +16,21 @@ from mixbit.engine.disk_restore import Restore
 from mixbit.engine.disk_tier import DiskTier
 from mixbit.engine.pace import Pace
 from mixbit.engine.pooling import NonFiniteStatesError
-from mixbit.engine.protocol import Delta, Failed, Finished, FinishReason, FromWorker, Stats, TokenLogprobs, Usage
+from mixbit.engine.protocol import (
+    Delta,
+    ExpertStats,
+    Failed,
+    Finished,
+    FinishReason,
+    FromWorker,
+    Stats,
+    TokenLogprobs,
+    Usage,
+)
 from mixbit.engine.request import Chunk, Move, Request
 from mixbit.engine.sampling import NonFiniteLogitsError
 from mixbit.engine.scheduler import Scheduler
+from mixbit.kernels.experts import StreamingExecutor, WeightsError
 
 log = logging.getLogger("mixbit.engine")
 
@@ -38,7 +50,7 @@ class EngineCore:
     """Scheduler, model, samplers and detokenizers of all requests.
 
     step: makes the moves, computes chunks and returns for each in order those of its `rows`: logits [vocab], or
-    hidden states if its request embeds.
+    hidden states if its request embeds. streaming: the executor, where it streams experts.
     """
 
     def __init__(
@@ -48,12 +60,15 @@ class EngineCore:
         admission: Admission,
         disk: DiskTier | None = None,
         pace: Pace | None = None,
+        streaming: StreamingExecutor | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.admission = admission
         self._step = step
         self._disk = disk
         self._pace = pace or Pace(scheduler.step_tokens)
+        self._streaming = streaming
+        self._fault: str | None = None
         self._work: dict[str, Work] = {}
         self._arriving: dict[Restore, list[Work]] = {}  # wait for their prefixes from the disk
         self._failures = 0
@@ -110,6 +125,12 @@ class EngineCore:
         self._steps += 1
         try:
             results = self._step(chunks, self.scheduler.moves)
+        except WeightsError as error:
+            log.error("a step of %d requests could not read its weights: %s", len(chunks), error)
+            self._fault = str(error)
+            if self._isolate(chunks):
+                return []
+            return [self._fail(chunks[0], f"the model's weights cannot be read: {error}")]
         except Exception as error:
             log.exception("a step of %d requests failed", len(chunks))
             return self._recover(chunks, error)
@@ -150,7 +171,23 @@ class EngineCore:
             steps=self._steps,
             preemptions=scheduler.preemptions,
             leaks=self._leaks,
+            experts=total(self.expert_layers()),
+            fault=self._fault,
         )
+
+    def expert_layers(self) -> list[ExpertStats]:
+        """Of each layer whose experts are streamed."""
+        return [
+            ExpertStats(
+                hits=layer.hits,
+                misses=layer.misses,
+                bytes_read=layer.bytes_read,
+                read_seconds=layer.read,
+                wait_seconds=layer.wait,
+                compute_seconds=layer.compute,
+            )
+            for layer in (self._streaming.expert_counts() if self._streaming is not None else ())
+        ]
 
     def _arrive(self) -> None:
         """Take in what has come from the disk; queue the requests that have waited for it."""
@@ -235,16 +272,23 @@ class EngineCore:
         return [*_deltas(request, last), finished]
 
     def _recover(self, chunks: list[Chunk], error: Exception) -> list[FromWorker]:
-        """After a step that raised: find the request at fault by running each alone, from its start."""
-        if len(chunks) > 1:
-            self.scheduler.isolate(chunks)
+        """After a step that raised."""
+        if self._isolate(chunks):
             return []
         self._failures += 1
         if self._failures >= _FAILURES_IN_A_ROW:
             raise error
-        request = chunks[0].request
-        self._end(self._work[request.request_id], faulty=True)
-        return [_failed(request, f"the model failed on this request: {type(error).__name__}: {error}")]
+        return [self._fail(chunks[0], f"the model failed on this request: {type(error).__name__}: {error}")]
+
+    def _isolate(self, chunks: list[Chunk]) -> bool:
+        """Find the requests at fault by running each alone, from its start; false if there is one only."""
+        if len(chunks) > 1:
+            self.scheduler.isolate(chunks)
+        return len(chunks) > 1
+
+    def _fail(self, chunk: Chunk, message: str) -> Failed:
+        self._end(self._work[chunk.request.request_id], faulty=True)
+        return _failed(chunk.request, message)
 
     def _end(self, work: Work, *, faulty: bool = False) -> None:
         request = work.request
@@ -263,6 +307,12 @@ class EngineCore:
                     restore.close()
                 return True
         return False
+
+
+def total(layers: Sequence[ExpertStats]) -> ExpertStats:
+    """The sums of all fields."""
+    fields = msgspec.structs.fields(ExpertStats)
+    return ExpertStats(**{each.name: sum(getattr(layer, each.name) for layer in layers) for each in fields})
 
 
 def _deltas(request: Request, piece: Piece) -> list[FromWorker]:

@@ -173,11 +173,25 @@ class Ready(Message, frozen=True):
     vocab_size: int
     backend: str  # "cpu"
     backend_reason: str  # the registry's explanation, for people
+    memory_reason: str  # what stays in memory and what is streamed from disk, for people
     weight_bytes: int
     cache_bytes: int  # KV and recurrent states, allocated
+    expert_bytes: int  # for streamed experts; 0 if all stay where they are mapped
     block_bytes: int  # of them, one KV block in all layers
     load_seconds: float
     embedding_size: int | None = None  # values of an embedding; None if the backend gives none
+
+
+class ExpertStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Streamed experts since the start: asked for by steps and in memory, or not; bytes and seconds of reading;
+    seconds in which steps waited for it, and in which they computed experts."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    read_seconds: float = 0
+    wait_seconds: float = 0
+    compute_seconds: float = 0
 
 
 class Stats(Message, frozen=True):
@@ -193,6 +207,8 @@ class Stats(Message, frozen=True):
     steps: int = 0
     preemptions: int = 0
     leaks: int = 0  # times that something was held when nothing ran: a defect, described in the log
+    experts: ExpertStats = ExpertStats()  # of all layers that are streamed together
+    fault: str | None = None  # weights could not be read, for people: requests that need them fail
 
 
 class LoadFailed(Message, frozen=True):

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixbit.engine.errors import CheckpointError
+from mixbit.kernels.spec import StoredArray
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -57,6 +58,11 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes in the file."""
         return self.end - self.start
+
+    @property
+    def place(self) -> StoredArray:
+        """Where its bytes lie."""
+        return StoredArray(self.file, self.start, self.nbytes)
 
     def array(self) -> npt.NDArray[Any]:
         """A read-only view into the mapped file, without copying; it may be unaligned for its dtype.

@@ -48,6 +48,26 @@ def available_memory(cgroup: Path = _CGROUP) -> int:
     return max(0, min(available, limit - used + reclaimable))
 
 
+def usable_memory(config: EngineConfig) -> int:
+    """Bytes of main memory that there are, or fewer if it was said how many may be used."""
+    available = available_memory()
+    return min(available, config.memory_bytes or available)
+
+
+def cache_bytes(program: Program, cache: CacheConfig, config: EngineConfig, backend: object) -> int:
+    """Bytes of the pools."""
+    each = block_bytes(program, cache.block_size, _value_bytes(config, backend))
+    return cache.blocks * each + cache.state_slots * slot_bytes(program)
+
+
+def _value_bytes(config: EngineConfig, backend: object) -> int:
+    if isinstance(backend, OwnMemory):
+        return backend.value_bytes(config.dtype)
+    if isinstance(backend, NarrowCache):
+        return backend.value_bytes_for(config.precision)
+    return 2 if config.dtype in {"float16", "bfloat16"} else 4
+
+
 def cache_config(
     program: Program, config: EngineConfig, context_length: int, weight_bytes: int, backend: object = None
 ) -> CacheConfig:
@@ -61,16 +81,13 @@ def cache_config(
     says how much there is, and there the weights must fit. Raises CacheError if they do not, or not even one
     sequence of a useful length does.
     """
-    available, width = available_memory(), 2 if config.dtype in {"float16", "bfloat16"} else 4
-    if isinstance(backend, OwnMemory):
-        available, width = backend.free_memory(), backend.value_bytes(config.dtype)
-        if weight_bytes > available:
-            raise CacheError(
-                f"the model's weights ({_megabytes(weight_bytes)}) do not fit in the {_megabytes(available)} that are "
-                "free on the device; free some, or choose another with --device"
-            )
-    elif isinstance(backend, NarrowCache):
-        width = backend.value_bytes_for(config.precision)
+    width = _value_bytes(config, backend)
+    available = backend.free_memory() if isinstance(backend, OwnMemory) else usable_memory(config)
+    if isinstance(backend, OwnMemory) and weight_bytes > available:
+        raise CacheError(
+            f"the model's weights ({_megabytes(weight_bytes)}) do not fit in the {_megabytes(available)} that are "
+            "free on the device; free some, or choose another with --device"
+        )
     left_free = max(available - weight_bytes, available // 8)
     budget = config.cache_bytes or int(config.memory_share * left_free) // 2
     slot = slot_bytes(program)

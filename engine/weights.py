@@ -113,7 +113,7 @@ class Weights:
     @staticmethod
     def _dense(name: str, stored: StoredTensor) -> DenseTensor:
         try:
-            return DenseTensor(name, stored.array())
+            return DenseTensor(name, stored.array(), (stored.place,))
         except SpecError as error:
             raise CheckpointError(f"{stored.file}: {error}") from error
 
@@ -132,7 +132,14 @@ class Weights:
         self.bindings[path] = Binding(path, scheme, claim.origin)
         try:
             return QuantizedTensor(
-                path, weight.array(), scales.array(), biases.array(), scheme.bits, scheme.group_size, "affine"
+                path,
+                weight.array(),
+                scales.array(),
+                biases.array(),
+                scheme.bits,
+                scheme.group_size,
+                "affine",
+                stored=(weight.place, scales.place, biases.place),
             )
         except SpecError as error:
             raise CheckpointError(f"{weight.file}: {error}") from error

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mixbit.kernels.experts import ExpertMemory
 from mixbit.kernels.ops import Program
 
 Int32Array = npt.NDArray[np.int32]
@@ -117,6 +118,8 @@ class ExecutorOptions:
     dtype: of the activations; None lets the backend choose (float32 on CPUs, the checkpoint's on GPUs).
     precision: "fast" lets a backend round the inputs of quantized matrices to int8, each group of columns by its
         own scale (CPUs do, but for routers), and keys and values to bfloat16; "exact" keeps them as they are.
+    experts: read experts from their files as they are chosen, within this memory (backends that are a
+        `StreamingBackend`); None: all stay where the device has its weights.
     """
 
     max_tokens: int
@@ -125,6 +128,7 @@ class ExecutorOptions:
     isa: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     precision: Precision = "exact"
+    experts: ExpertMemory | None = None
 
 
 class Backend(Protocol):

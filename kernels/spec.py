@@ -8,6 +8,7 @@ matrix to an input that it shares with the other specs of its batch, whatever th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import ml_dtypes
@@ -34,14 +35,36 @@ def _require(condition: bool, message: str) -> None:
         raise SpecError(message)
 
 
+def _check_stored(name: str, stored: tuple[StoredArray, ...], arrays: tuple[npt.NDArray[Any], ...]) -> None:
+    sizes = [array.nbytes for array in arrays]
+    _require(
+        not stored or [each.nbytes for each in stored] == sizes,
+        f"{name}: arrays of {sizes} bytes, stored in {[each.nbytes for each in stored]}",
+    )
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """Where an array lies on disk: `nbytes` bytes from `offset` on, as they are in memory."""
+
+    file: Path
+    offset: int
+    nbytes: int
+
+
 @dataclass(frozen=True, eq=False)
 class DenseTensor:
-    """An unquantized tensor: data [..., out, in] or [n], float32, float16 or bfloat16."""
+    """An unquantized tensor: data [..., out, in] or [n], float32, float16 or bfloat16.
+
+    stored: where data lies on disk; empty if it is in memory alone.
+    """
 
     name: str
     data: npt.NDArray[Any]
+    stored: tuple[StoredArray, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_stored(self.name, self.stored, (self.data,))
         _require(
             self.data.dtype in FLOAT_DTYPES,
             f"{self.name}: dtype {self.data.dtype} is not one of float32, float16, bfloat16",
@@ -75,6 +98,7 @@ class QuantizedTensor:
     weight: uint32 [..., out, in * bits / 32]; each row is one little-endian, LSB-first bit stream.
     scales, biases: [..., out, in / group_size], float32, float16 or bfloat16.
     `bits` and `group_size` are required: no width is ever assumed.
+    stored: where weight, scales and biases lie on disk, in this order; empty if they are in memory alone.
     """
 
     name: str
@@ -84,6 +108,7 @@ class QuantizedTensor:
     bits: int
     group_size: int
     mode: Mode
+    stored: tuple[StoredArray, ...] = ()
 
     def __post_init__(self) -> None:
         name, weight, scales = self.name, self.weight, self.scales
@@ -108,6 +133,7 @@ class QuantizedTensor:
                 f"{name}.{part}: shape {array.shape}, but weight {weight.shape} at {self.bits} bits, "
                 f"group {self.group_size} needs {expected}",
             )
+        _check_stored(name, self.stored, (weight, scales, self.biases))
 
     @property
     def out_dim(self) -> int:

@@ -73,6 +73,7 @@ def show_panel(url: str, models: list[tuple[ServedModel, Ready]], *, with_key: b
         loaded = f"{_size(ready.weight_bytes)}, loaded in {ready.load_seconds:.1f} s"
         rows.add_row("Weights", escape(f"{model.quantization}; {loaded}"))
         rows.add_row("Backend", escape(ready.backend_reason))
+        rows.add_row("Memory", escape(ready.memory_reason))
         rows.add_row("Context", f"{ready.context_length:,} tokens; KV cache {_size(ready.cache_bytes)}")
         if model.template is None:
             rows.add_row("Chat", f"[yellow]off: {escape(model.template_problem)}[/yellow]")

@@ -27,12 +27,19 @@ _GAUGES = {
     "requests_running": "Choices in the batch",
     "requests_waiting": "Choices in the queue",
     "cache_bytes": "Allocated for KV and states",
+    "expert_memory_bytes": "For experts that are streamed from disk",
+    "weights_unreadable": "1 if weights could not be read: see /health",
 }
 _COUNTERS = {
     "worker_restarts": "Workers that died and were replaced",
     "steps": "Steps of the worker that runs now",
     "preemptions": "Requests that gave up their memory for others",
     "leaks": "Times that something was held when nothing ran",
+    "expert_hits": "Streamed experts that steps asked for and found in memory",
+    "expert_misses": "Streamed experts that were read from disk",
+    "expert_read_bytes": "Bytes of streamed experts read from disk",
+    "expert_read_seconds": "Time in which the disk was read, each layer for itself",
+    "expert_wait_seconds": "Time in which steps waited for the disk",
 }
 
 
@@ -119,4 +126,11 @@ class _EngineCollector(Collector):
             counters["steps"].add_metric([name], stats.steps)
             counters["preemptions"].add_metric([name], stats.preemptions)
             counters["leaks"].add_metric([name], stats.leaks)
+            gauges["weights_unreadable"].add_metric([name], int(stats.fault is not None))
+            gauges["expert_memory_bytes"].add_metric([name], ready.expert_bytes if ready and engine.stats else 0)
+            counters["expert_hits"].add_metric([name], stats.experts.hits)
+            counters["expert_misses"].add_metric([name], stats.experts.misses)
+            counters["expert_read_bytes"].add_metric([name], stats.experts.bytes_read)
+            counters["expert_read_seconds"].add_metric([name], stats.experts.read_seconds)
+            counters["expert_wait_seconds"].add_metric([name], stats.experts.wait_seconds)
         yield from (*gauges.values(), kv, *counters.values())

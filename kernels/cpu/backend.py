@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,10 +12,13 @@ import numpy.typing as npt
 
 from mixbit.kernels import ops
 from mixbit.kernels.executor import BackendError, Batch, Bytes, CacheConfig, ExecutorOptions, Precision
+from mixbit.kernels.experts import ExpertCounts, ExpertMemory, WeightsError, stacks, streamable
 
 if TYPE_CHECKING:
     from mixbit.kernels.cpu import _cpu
 
+_READERS = 8  # threads that read experts: they wait for the disk, and use no core
+_NO_CACHE = CacheConfig(blocks=1, block_size=1, state_slots=1)
 _NAMES = {"portable": "portable code", "avx2": "AVX2", "avx512": "AVX-512 VNNI", "neon": "NEON"}
 
 
@@ -45,14 +50,43 @@ class CpuBackend:
         """Bytes of a cached key or value: of bfloat16 in the fast mode, else of float32."""
         return 2 if precision == "fast" else 4
 
+    def step_bytes(self, program: ops.Program, options: ExecutorOptions) -> int:
+        """Bytes of values and scratch. They are counted by recording the program; none is touched."""
+        from mixbit.kernels.cpu.recorder import record
+
+        native = self._native(_NO_CACHE, replace(options, experts=None))
+        record(program, native, {})
+        return native.step_bytes
+
+    def least_expert_bytes(self, program: ops.Program) -> int:
+        """Room for one expert of each size."""
+        return sum({_slot_bytes(node) for node in streamable(program)})
+
     def compile(self, program: ops.Program, cache: CacheConfig, options: ExecutorOptions) -> CpuExecutor:
         """Record the program natively and allocate its pools; quantized weights and matrices are not copied.
 
         Raises BackendError for an instruction set that this machine cannot run (the message names those that it
-        can) and for a dtype other than float32; ValueError where shapes of the program contradict each other.
+        can), for a dtype other than float32, and for experts that cannot be streamed as asked; ValueError where shapes
+        of the program contradict each other.
         """
-        from mixbit.kernels.cpu import _cpu
         from mixbit.kernels.cpu.recorder import record
+
+        native = self._native(cache, options)
+        if options.experts is None:
+            return CpuExecutor(native, record(program, native, {}), program.hidden.dim)
+        if options.experts.host < (least := self.least_expert_bytes(program)):
+            raise BackendError(
+                f"{options.experts.host} bytes of memory for experts; one of each size takes {least}: give more"
+            )
+        files = _files(program)
+        _stream(native, files, options.experts)
+        try:
+            return CpuExecutor(native, record(program, native, files), program.hidden.dim)
+        except OSError as error:
+            raise BackendError(str(error)) from None
+
+    def _native(self, cache: CacheConfig, options: ExecutorOptions) -> _cpu.Program:
+        from mixbit.kernels.cpu import _cpu
 
         if options.dtype not in (None, "float32"):
             raise BackendError(f"the CPU backend computes in float32, not {options.dtype}")
@@ -61,7 +95,7 @@ class CpuBackend:
             raise BackendError(
                 f"instruction set {options.isa!r} cannot run here; this machine and build run: {', '.join(isas)}"
             )
-        native = _cpu.Program(
+        return _cpu.Program(
             max_tokens=options.max_tokens,
             blocks=cache.blocks,
             block_size=cache.block_size,
@@ -71,7 +105,24 @@ class CpuBackend:
             isa=options.isa or _cpu.best_isa(),
             profile=options.profile,
         )
-        return CpuExecutor(native, record(program, native), program.hidden.dim)
+
+
+def _files(program: ops.Program) -> dict[Path, int]:
+    """Numbers of the files that hold experts."""
+    places = (place for node in streamable(program) for matrix in stacks(node) for place in matrix.stored)
+    return {file: number for number, file in enumerate(dict.fromkeys(place.file for place in places))}
+
+
+def _stream(native: _cpu.Program, files: Mapping[Path, int], memory: ExpertMemory) -> None:
+    names = [str(file) for file in files]
+    native.stream_experts(files=names, bytes=memory.host, direct=memory.direct, threads=_READERS)
+
+
+def _slot_bytes(node: ops.Moe) -> int:
+    """Memory for one expert of a node: each of its arrays with room for reads that begin and end at pages."""
+    page = 4096
+    each = (place.nbytes // (matrix.experts or 1) for matrix in stacks(node) for place in matrix.stored)
+    return sum(-(-nbytes // page) * page + page for nbytes in each)
 
 
 class CpuExecutor:
@@ -83,7 +134,10 @@ class CpuExecutor:
         self.hidden_dim: int | None = hidden_dim
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """Logits [selected, vocab]. ValueError, with nothing changed, for a batch that contradicts itself."""
+        """Logits [selected, vocab]. ValueError, with nothing changed, for a batch that contradicts itself.
+
+        Raises WeightsError if a streamed expert cannot be read.
+        """
         return self._run(batch, hidden=False)
 
     def hidden_states(self, batch: Batch) -> npt.NDArray[np.float32]:
@@ -91,15 +145,34 @@ class CpuExecutor:
         return self._run(batch, hidden=True)
 
     def _run(self, batch: Batch, *, hidden: bool) -> npt.NDArray[np.float32]:
-        return self._native.run(
-            batch.tokens,
-            batch.query_starts,
-            batch.context_lengths,
-            batch.block_tables,
-            batch.state_slots,
-            batch.logit_rows,
-            hidden,
-        )
+        from mixbit.kernels.cpu import _cpu
+
+        try:
+            return self._native.run(
+                batch.tokens,
+                batch.query_starts,
+                batch.context_lengths,
+                batch.block_tables,
+                batch.state_slots,
+                batch.logit_rows,
+                hidden,
+            )
+        except _cpu.ReadError as error:
+            raise WeightsError(str(error)) from None
+
+    def expert_counts(self) -> Sequence[ExpertCounts]:
+        """Of each streamed layer; empty if all stay where they are mapped."""
+        return [ExpertCounts(*counts) for counts in self._native.expert_counts()]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the slots of streamed experts."""
+        return self._native.expert_bytes
+
+    @property
+    def expert_slots(self) -> int:
+        """Streamed experts that can be in memory at once."""
+        return self._native.expert_slots
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block in every attention layer."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from mixbit.kernels import ops
 from mixbit.kernels.cpu import _cpu
+from mixbit.kernels.experts import stacks
 from mixbit.kernels.spec import DenseTensor, Matrix, QuantizedTensor
 
 _DTYPES = {
@@ -20,10 +24,13 @@ _NormArg = tuple[npt.NDArray[np.float32], float]
 _ColumnsArg = tuple[int, int, int]
 
 
-def record(program: ops.Program, native: _cpu.Program) -> tuple[_cpu.Weight, ...]:
-    """Add the program's values and nodes to `native`; returns the weights that must outlive it."""
+def record(program: ops.Program, native: _cpu.Program, files: Mapping[Path, int]) -> tuple[_cpu.Weight, ...]:
+    """Add the program's values and nodes to `native`; returns the weights that must outlive it.
+
+    files: numbers of the files that experts are streamed from; those of others stay where they are.
+    """
     feed_forwards = [node for node in program.nodes if isinstance(node, ops.Mlp | ops.Moe)]
-    recorder = _Recorder(native, feed_forwards[-1] if feed_forwards else None)
+    recorder = _Recorder(native, feed_forwards[-1] if feed_forwards else None, files)
     for value in program.values:
         native.value(value.dim, value.rows is ops.Rows.SELECTED)
     for node in program.nodes:
@@ -33,8 +40,9 @@ def record(program: ops.Program, native: _cpu.Program) -> tuple[_cpu.Weight, ...
 
 
 class _Recorder:
-    def __init__(self, native: _cpu.Program, last: ops.Mlp | ops.Moe | None) -> None:
+    def __init__(self, native: _cpu.Program, last: ops.Mlp | ops.Moe | None, files: Mapping[Path, int]) -> None:
         self.native = native
+        self.files = files
         self.last = last  # feed-forward
         self.weights: dict[Matrix, _cpu.Weight] = {}
         self._ropes: dict[ops.Rope, int] = {}
@@ -72,9 +80,19 @@ class _Recorder:
             normalize=spec.normalize,
             shared=None if spec.shared is None else self._mlp(spec.shared),
             shared_gate=None if spec.shared_gate is None else self._weight(spec.shared_gate),
+            stored=self._stored(node),
             out=node.out.index,
             last=node is self.last,
         )
+
+    def _stored(self, node: ops.Moe) -> list[tuple[int, int, int]] | None:
+        """File, offset and bytes of expert 0 in every array, or None for experts that are not streamed."""
+        places = [(place, matrix.experts or 1) for matrix in stacks(node) for place in matrix.stored]
+        if not all(matrix.stored for matrix in stacks(node)) or not all(
+            place.file in self.files for place, _ in places
+        ):
+            return None
+        return [(self.files[place.file], place.offset, place.nbytes // experts) for place, experts in places]
 
     def _attention(self, node: ops.Attention) -> None:
         spec = node.spec

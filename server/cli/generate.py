@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mixbit.engine.errors import UserError
+from mixbit.server.cli.memory import add_memory_options
 
 if TYPE_CHECKING:
     from mixbit.engine.admission import Work
     from mixbit.engine.build import BuiltEngine
+    from mixbit.engine.protocol import ExpertStats
     from mixbit.server.model import ServedModel
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -52,6 +54,7 @@ def add_parser(commands: Any) -> None:
     model.add_argument("--context-length", metavar="N", type=_positive, help="tokens (default: the model's own)")
     model.add_argument("--device", metavar="NAME", default="auto", help="see mixbit doctor (default: auto)")
     model.add_argument("--threads", metavar="N", type=int, default=0, help="CPU threads (default: one a core)")
+    add_memory_options(model)
     model.add_argument("--kernels", choices=["auto", "stock"], default="auto", help="on GPUs: ours, or MLX's own")
     model.add_argument("--isa", metavar="NAME", help="force a CPU instruction set (default: the best)")
     model.add_argument("--dtype", metavar="NAME", help="activations of GPU backends (default: the checkpoint's)")
@@ -102,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
             context_length=args.context_length,
             max_running=1,
             max_queue=0,
+            memory_bytes=args.memory,
+            expert_bytes=args.expert_memory,
             top_k_experts=args.k,
             isa=args.isa,
             dtype=args.dtype,
@@ -156,11 +161,15 @@ def _in_template(model: ServedModel, prompt: str) -> str:
 
 @dataclass(frozen=True)
 class _Span:
-    """A part of the run: tokens computed in it, wall seconds, and seconds by kind of node."""
+    """A part of the run: tokens computed in it, wall seconds, and seconds by kind of node.
+
+    experts: what streamed layers had done at its start and its end.
+    """
 
     tokens: int
     seconds: float
     phases: Mapping[str, float]
+    experts: tuple[Sequence[ExpertStats], Sequence[ExpertStats]]
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,7 @@ def _complete(engine: BuiltEngine, work: Work) -> _Timing:
 
     core, request = engine.core, work.request
     core.add(work)
-    marks = [(time.perf_counter(), engine.executor.phase_seconds())]
+    marks = [_mark(engine)]
     while not core.idle:
         for message in core.step():
             if isinstance(message, Delta):
@@ -184,22 +193,37 @@ def _complete(engine: BuiltEngine, work: Work) -> _Timing:
             elif isinstance(message, Failed):
                 raise GenerateError(message.message)
         if len(marks) == 1 and request.output_tokens:
-            marks.append((time.perf_counter(), engine.executor.phase_seconds()))
-    marks.append((time.perf_counter(), engine.executor.phase_seconds()))
+            marks.append(_mark(engine))
+    marks.append(_mark(engine))
     print(flush=True)
     tokens = (request.prompt_tokens, request.output_tokens - 1)
     return _Timing(*(_span(count, *marks[place : place + 2]) for place, count in enumerate(tokens)))
 
 
-def _span(tokens: int, start: tuple[float, Mapping[str, float]], end: tuple[float, Mapping[str, float]]) -> _Span:
-    phases = {name: seconds - start[1].get(name, 0.0) for name, seconds in end[1].items()}
-    return _Span(tokens, end[0] - start[0], phases)
+@dataclass(frozen=True)
+class _Mark:
+    """What had been done at a time."""
+
+    time: float
+    phases: Mapping[str, float]
+    experts: Sequence[ExpertStats]
+
+
+def _mark(engine: BuiltEngine) -> _Mark:
+    return _Mark(time.perf_counter(), dict(engine.executor.phase_seconds()), engine.core.expert_layers())
+
+
+def _span(tokens: int, start: _Mark, end: _Mark) -> _Span:
+    phases = {name: seconds - start.phases.get(name, 0.0) for name, seconds in end.phases.items()}
+    return _Span(tokens, end.time - start.time, phases, (start.experts, end.experts))
 
 
 def _show(timing: _Timing, engine: BuiltEngine) -> None:
     """A table on stderr: the columns of prefill are for the whole prompt, those of decode for one token."""
     from rich.console import Console
     from rich.table import Table
+
+    from mixbit.server.cli.expert_timing import expert_table
 
     prefill, decode = timing.prefill, timing.decode
     table = Table()
@@ -217,7 +241,10 @@ def _show(timing: _Timing, engine: BuiltEngine) -> None:
     table.add_row("tokens per second", _rate(prefill), "", _rate(decode), "", style="bold")
     console = Console(stderr=True)
     console.print(engine.ready.backend_reason, style="dim")
+    console.print(engine.ready.memory_reason, style="dim")
     console.print(table)
+    if decode.tokens and decode.experts[1]:
+        console.print(expert_table(*decode.experts, decode.tokens))
 
 
 def _cells(span: _Span, seconds: float, count: int) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixbit.engine import logs
 from mixbit.engine.errors import UserError
+from mixbit.server.cli.memory import add_memory_options, parse_size
 
 if TYPE_CHECKING:
     from mixbit.engine.logs import LogFormat
@@ -60,10 +61,11 @@ def add_parser(commands: Any) -> None:
     engine.add_argument("--context-length", metavar="N", type=int, help="tokens (default: the model's own)")
     engine.add_argument("--max-running", metavar="N", type=int, default=16, help="requests in a batch (default: 16)")
     engine.add_argument("--max-queue", metavar="N", type=int, default=256, help="requests waiting (default: 256)")
+    add_memory_options(engine)
     engine.add_argument(
         "--cache-memory",
         metavar="SIZE",
-        type=_size,
+        type=parse_size,
         help="for KV caches, all models together, such as 2G (default: from what is free)",
     )
     engine.add_argument(
@@ -86,7 +88,7 @@ def add_parser(commands: Any) -> None:
         "--disk-cache", metavar="DIR", type=Path, help="where to keep them (default: prefixes in the user's cache)"
     )
     engine.add_argument(
-        "--disk-cache-size", metavar="SIZE", type=_size, default=8 << 30, help="for prefixes on disk (default: 8G)"
+        "--disk-cache-size", metavar="SIZE", type=parse_size, default=8 << 30, help="for prefixes on disk (default: 8G)"
     )
     engine.add_argument("--k", metavar="K", type=int, help="active experts per token (default: the model's own)")
     engine.add_argument("--dtype", metavar="NAME", help="activations of GPU backends (default: the checkpoint's)")
@@ -138,14 +140,6 @@ def _seconds(text: str) -> float:
     if not re.fullmatch(r"\d{1,9}(\.\d+)?", text) or not float(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return float(text)
-
-
-def _size(text: str) -> int:
-    """Bytes of `2G`, `512M`, `1.5G` or a plain number."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([KMGT]?)I?B?", text.upper())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 2G")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
 def is_loopback(host: str) -> bool:
@@ -208,6 +202,8 @@ def run(args: argparse.Namespace) -> int:
             max_queue=args.max_queue,
             cache_bytes=args.cache_memory and max(1, args.cache_memory // len(wanted)),
             memory_share=1 / len(wanted),
+            memory_bytes=args.memory,
+            expert_bytes=args.expert_memory and max(1, args.expert_memory // len(wanted)),
             disk_cache=None if args.no_disk_cache else str(args.disk_cache or prefix_directory()),
             disk_cache_bytes=args.disk_cache_size,
             top_k_experts=args.k,

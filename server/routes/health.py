@@ -1,4 +1,4 @@
-"""`GET /health`: whether requests are taken. Open to everyone, so it says nothing else."""
+"""`GET /health`: whether requests are taken, and if not, why. Open to everyone, so it says nothing else."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ async def health(services: CurrentServices) -> Response:
 
 
 def _state(engine: Engine) -> Health:
+    if engine.stats is not None and engine.stats.fault is not None:
+        return Health(status="failed", detail=engine.stats.fault)
     if engine.state in {EngineState.READY, EngineState.UNLOADED}:
         return Health(status="ok")
     if engine.state in {EngineState.STARTING, EngineState.LOADING}:

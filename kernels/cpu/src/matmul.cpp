@@ -102,6 +102,12 @@ Activations::Int8* Activations::int8_for(const Matrix& w) {
   return found == int8_.end() ? nullptr : &*found;
 }
 
+std::int64_t Activations::bytes() const {
+  std::int64_t bytes = exact_ ? (exact_->values.size() + exact_->sums.size()) * std::int64_t{sizeof(float)} : 0;
+  for (const Int8& form : int8_) bytes += form.rows.size();
+  return bytes;
+}
+
 void Activations::prepare(Isa isa, std::int64_t row, const float* x, std::int64_t dim) {
   if (exact_) prepare_exact(row, x, dim);
   for (const Int8& form : int8_) prepare_int8(form, isa, row, x, dim);

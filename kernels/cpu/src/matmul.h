@@ -24,6 +24,8 @@ class Activations {
   // Takes x[0 : dim] in as row `row`. Rows may be prepared concurrently. All rows share one dim.
   void prepare(Isa isa, std::int64_t row, const float* x, std::int64_t dim);
 
+  std::int64_t bytes() const;
+
  private:
   friend void matmul_rows(Isa, const Matrix&, const Activations&, const std::int32_t*, std::int64_t, std::int64_t,
                           std::int64_t, float*, std::int64_t);

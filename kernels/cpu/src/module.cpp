@@ -22,6 +22,7 @@ using IntTable = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::
 using NormArg = std::tuple<Floats, float>;                                // weight, eps
 using ColumnsArg = std::tuple<int, std::int64_t, std::int64_t>;           // value, offset, stride
 using MlpArg = std::tuple<const Weight*, const Weight*, const Weight*>;  // gate, up, down
+using FilePartArg = std::tuple<int, std::int64_t, std::int64_t>;          // file, offset, bytes
 
 std::vector<float> vector(const Floats& array) { return {array.data(), array.data() + array.size()}; }
 std::span<const std::int32_t> span(const Ints& array) { return {array.data(), array.size()}; }
@@ -81,11 +82,19 @@ void mlp(Program& p, int x, const MlpArg& weights, int out, bool last) {
   p.add("mlp", make_mlp(p.context(), p.value(x), mlp_weights(p, weights, last), p.value(out)), {x}, {out});
 }
 
+// stored: where expert 0 of each array lies, if experts are to be streamed.
 void moe(Program& p, int x, const Weight& router, const MlpArg& experts, std::int64_t top_k, bool normalize,
-         const std::optional<MlpArg>& shared, const Weight* shared_gate, int out, bool last) {
+         const std::optional<MlpArg>& shared, const Weight* shared_gate,
+         const std::optional<std::vector<FilePartArg>>& stored, int out, bool last) {
   MoeWeights weights{matrix(p, router), mlp_weights(p, experts, last), top_k, normalize, std::nullopt, std::nullopt};
   if (shared) weights.shared = mlp_weights(p, *shared, last);
   if (shared_gate) weights.shared_gate = matrix(p, *shared_gate);
+  if (stored && p.store()) {
+    std::vector<FilePart> parts;
+    for (const auto& [file, offset, bytes] : *stored) parts.push_back({file, offset, bytes});
+    weights.store = p.store();
+    weights.layer = p.store()->add(weights.experts, std::move(parts));
+  }
   p.add("moe", make_moe(p.context(), p.value(x), weights, p.value(out)), {x}, {out});
 }
 
@@ -144,6 +153,16 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Program& p, const Ints& tokens, c
   return {data, {rows, cols}, owner};
 }
 
+// Of each streamed layer: hits, misses, bytes; seconds of reading, waiting, computing.
+using CountsArg = std::tuple<std::int64_t, std::int64_t, std::int64_t, double, double, double>;
+
+std::vector<CountsArg> expert_counts(const Program& p) {
+  std::vector<CountsArg> all;
+  if (!p.store()) return all;
+  for (const ExpertCounts& c : p.store()->counts()) all.emplace_back(c.hits, c.misses, c.bytes, c.read, c.wait, c.compute);
+  return all;
+}
+
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>> read(const Pieces& pieces, std::int64_t number) {
@@ -160,7 +179,8 @@ void write(const Pieces& pieces, std::int64_t number, const Bytes& data) {
 
 }  // namespace
 
-void bind_matmul(nb::module_& m);  // bind_matmul.cpp
+void bind_matmul(nb::module_& m);     // bind_matmul.cpp
+void bind_residency(nb::module_& m);  // bind_residency.cpp
 
 }  // namespace mixbit
 
@@ -189,6 +209,9 @@ NB_MODULE(_cpu, m) {
            nb::arg("group_size"), nb::arg("experts"), nb::arg("rows"), nb::arg("cols"));
 
   bind_matmul(m);
+  bind_residency(m);
+
+  nb::exception<ReadError>(m, "ReadError", PyExc_OSError);
 
   nb::class_<Program>(m, "Program")
       .def(
@@ -201,6 +224,12 @@ NB_MODULE(_cpu, m) {
           },
           nb::kw_only(), nb::arg("max_tokens"), nb::arg("blocks"), nb::arg("block_size"), nb::arg("state_slots"),
           nb::arg("precision"), nb::arg("threads"), nb::arg("isa"), nb::arg("profile"))
+      .def(
+          "stream_experts",
+          [](Program& p, std::vector<std::string> files, std::int64_t bytes, bool direct, int threads) {
+            p.stream_experts({std::move(files), bytes, direct, threads});
+          },
+          nb::kw_only(), nb::arg("files"), nb::arg("bytes"), nb::arg("direct"), nb::arg("threads"))
       .def("value",
            [](Program& p, std::int64_t dim, bool selected) {
              p.add_value(dim, selected ? Rows::selected : Rows::tokens);
@@ -216,7 +245,8 @@ NB_MODULE(_cpu, m) {
       .def("batch_matvec", &batch_matvec)
       .def("mlp", &mlp, nb::arg(), nb::arg(), nb::arg(), nb::kw_only(), nb::arg("last"))
       .def("moe", &moe, nb::arg(), nb::arg(), nb::arg(), nb::kw_only(), nb::arg("top_k"), nb::arg("normalize"),
-           nb::arg("shared").none(), nb::arg("shared_gate").none(), nb::arg("out"), nb::arg("last"))
+           nb::arg("shared").none(), nb::arg("shared_gate").none(), nb::arg("stored").none(), nb::arg("out"),
+           nb::arg("last"))
       .def("attention", &attention, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::kw_only(), nb::arg("heads"),
            nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("rope").none(),
            nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("out"))
@@ -234,6 +264,10 @@ NB_MODULE(_cpu, m) {
       .def("import_state",
            [](Program& p, std::int64_t number, const Bytes& data) { write(p.context().states, number, data); })
       .def("seconds", &Program::seconds)
+      .def("expert_counts", &expert_counts)
+      .def_prop_ro("expert_bytes", [](Program& p) { return p.store() ? p.store()->bytes() : 0; })
+      .def_prop_ro("expert_slots", [](Program& p) { return p.store() ? p.store()->slots() : 0; })
+      .def_prop_ro("step_bytes", &Program::step_bytes)
       .def_prop_ro("threads", [](Program& p) { return p.context().machine.pool.size(); })
       .def_prop_ro("cache_bytes", [](Program& p) { return p.cache_bytes(); });
 }

@@ -44,6 +44,9 @@ struct MlpWeights {
   Matrix gate, up, down;
 };
 
+class ExpertStore;
+
+// store: where experts are streamed, what has them as its number `layer`; null where they stay as they are mapped.
 struct MoeWeights {
   Matrix router;
   MlpWeights experts;
@@ -51,6 +54,8 @@ struct MoeWeights {
   bool normalize;
   std::optional<MlpWeights> shared;
   std::optional<Matrix> shared_gate;
+  ExpertStore* store = nullptr;
+  int layer = 0;
 };
 
 struct AttentionSpec {

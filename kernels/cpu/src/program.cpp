@@ -37,8 +37,15 @@ void Program::finish(int logits, int hidden) {
   MemoryPlan plan = plan_memory(nodes, sizes, logits_);
   for (std::int64_t size : plan.sizes) memory_.emplace_back(size);
   place_ = std::move(plan.place);
+  if (store_) store_->finish();
   positions_.resize(static_cast<std::size_t>(rows));
   blocks_.resize(static_cast<std::size_t>(rows));
+}
+
+std::int64_t Program::step_bytes() const {
+  std::int64_t bytes = context_.workspace.bytes();
+  for (const Buffer<float>& each : memory_) bytes += each.size() * std::int64_t{sizeof(float)};
+  return bytes;
 }
 
 Step Program::begin_step(const Batch& batch) {

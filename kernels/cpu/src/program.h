@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "expert_store.h"
 #include "ops.h"
 
 namespace mixbit {
@@ -37,6 +38,10 @@ class Program {
   Value value(int index) const { return values_.at(static_cast<std::size_t>(index)); }
   const Rope* rope(int index) const { return ropes_.at(static_cast<std::size_t>(index)).get(); }
 
+  // Experts are streamed from now on, by the ops that say where theirs lie.
+  void stream_experts(StoreOptions options) { store_ = std::make_unique<ExpertStore>(std::move(options)); }
+  ExpertStore* store() const { return store_.get(); }
+
   // inputs, outputs: the values it reads and writes, for the plan of memory. kind: its name in profiles.
   void add(const char* kind, std::unique_ptr<Op> op, std::vector<int> inputs, std::vector<int> outputs);
 
@@ -49,6 +54,9 @@ class Program {
   // Ends recording: values whose lives do not overlap share memory. `logits` is written to the caller's; `hidden` is
   // what the head makes them from, or `logits` again if there is no head.
   void finish(int logits, int hidden);
+
+  // Of values and scratch, once steps of max_tokens have been run.
+  std::int64_t step_bytes() const;
 
   std::int64_t width(Output output) const { return value(output == Output::logits ? logits_ : hidden_).dim; }
 
@@ -70,6 +78,7 @@ class Program {
   Step begin_step(const Batch& batch);
 
   Context context_;
+  std::unique_ptr<ExpertStore> store_;
   bool profile_;
   bool has_attention_ = false, has_state_ = false;
   std::int64_t token_limit_ = INT32_MAX, cache_bytes_ = 0;

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <utility>
+#include <tuple>
 
 #include "buffer.h"
 #include "matmul.h"
@@ -16,9 +16,10 @@ class Workspace {
  public:
   explicit Workspace(int threads) : threads_(threads) {}
 
-  // Inputs of matrices: one object for each shape, shared by the ops that need that shape.
-  Activations& activations(std::int64_t rows, std::int64_t dim) {
-    auto& slot = activations_[{rows, dim}];
+  // Inputs of matrices: one object for each shape, shared by the ops that need that shape; and within an op, by what
+  // differs in `use`, if it needs several at once.
+  Activations& activations(std::int64_t rows, std::int64_t dim, int use = 0) {
+    auto& slot = activations_[{rows, dim, use}];
     if (!slot) slot = std::make_unique<Activations>(rows, dim);
     return *slot;
   }
@@ -30,6 +31,13 @@ class Workspace {
     own_.reserve(each_ * threads_);
   }
 
+  // Bytes of everything asked for.
+  std::int64_t bytes() const {
+    std::int64_t bytes = (shared_.size() + own_.size()) * std::int64_t{sizeof(float)};
+    for (const auto& [shape, each] : activations_) bytes += each->bytes();
+    return bytes;
+  }
+
   float* shared() const { return shared_.data(); }
   float* own(int thread) const { return own_.data() + thread * each_; }
 
@@ -38,7 +46,7 @@ class Workspace {
   std::int64_t each_ = 0;
   Buffer<float> shared_;
   Buffer<float> own_;
-  std::map<std::pair<std::int64_t, std::int64_t>, std::unique_ptr<Activations>> activations_;
+  std::map<std::tuple<std::int64_t, std::int64_t, int>, std::unique_ptr<Activations>> activations_;
 };
 
 }  // namespace mixbit

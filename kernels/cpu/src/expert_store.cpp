@@ -1,0 +1,199 @@
+#include "expert_store.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <new>
+
+#include "checks.h"
+
+namespace mixbit {
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Stacks with one expert each, whose arrays are in `parts` order.
+template <typename Visit>
+void for_each_array(MlpWeights& w, const Visit& visit) {
+  for (Matrix* m : {&w.gate, &w.up, &w.down}) {
+    visit(m->weight);
+    if (m->bits == 0) continue;
+    visit(m->scales);
+    visit(m->biases);
+  }
+}
+
+std::vector<std::int64_t> array_bytes(const MlpWeights& w) {
+  std::vector<std::int64_t> bytes;
+  for (const Matrix* m : {&w.gate, &w.up, &w.down}) {
+    bytes.push_back(m->rows * m->row_bytes());
+    if (m->bits != 0) bytes.insert(bytes.end(), 2, m->rows * m->groups() * size_of(m->dtype));
+  }
+  return bytes;
+}
+
+}  // namespace
+
+// Anonymous pages, aligned for direct reads; huge ones where the system has them: fewer to fault in and to pin.
+class ExpertStore::Memory {
+ public:
+  explicit Memory(std::int64_t bytes) : bytes_(static_cast<std::size_t>(bytes)) {
+    void* data = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) throw std::bad_alloc();
+    data_ = static_cast<std::byte*>(data);
+#if defined(MADV_HUGEPAGE)
+    madvise(data, bytes_, MADV_HUGEPAGE);
+#endif
+  }
+  ~Memory() { munmap(data_, bytes_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  std::byte* data() const { return data_; }
+  std::int64_t size() const { return static_cast<std::int64_t>(bytes_); }
+
+ private:
+  std::size_t bytes_;
+  std::byte* data_;
+};
+
+ExpertStore::ExpertStore(StoreOptions options) : options_(std::move(options)) {}
+ExpertStore::~ExpertStore() = default;
+
+int ExpertStore::add(const MlpWeights& stacks, std::vector<FilePart> parts) {
+  const std::vector<std::int64_t> bytes = array_bytes(stacks);
+  require_equal("arrays of streamed experts", static_cast<std::int64_t>(parts.size()),
+                static_cast<std::int64_t>(bytes.size()));
+  Layer layer{.stacks = stacks, .parts = std::move(parts), .places = {}, .experts = stacks.gate.experts,
+              .slot_bytes = 0};
+  for (std::size_t i = 0; i < bytes.size(); ++i) {
+    require_equal("bytes of an expert's array", layer.parts[i].bytes, bytes[i]);
+    require_equal("a file", layer.parts[i].file >= 0 && layer.parts[i].file < static_cast<int>(options_.files.size()),
+                  true);
+    layer.places.push_back(layer.slot_bytes);
+    layer.slot_bytes += Reader::room(bytes[i]);
+  }
+  for (Matrix* m : {&layer.stacks.gate, &layer.stacks.up, &layer.stacks.down}) m->experts = 1;
+  layers_.push_back(std::move(layer));
+  return static_cast<int>(layers_.size()) - 1;
+}
+
+void ExpertStore::finish() {
+  double total = 0;
+  for (Layer& layer : layers_) {
+    const auto same = [&](const Pool& pool) { return pool.slot_bytes == layer.slot_bytes; };
+    auto pool = std::find_if(pools_.begin(), pools_.end(), same);
+    if (pool == pools_.end()) pool = pools_.insert(pool, {.slot_bytes = layer.slot_bytes, .keys = 0});
+    layer.pool = static_cast<std::size_t>(pool - pools_.begin());
+    layer.first_key = pool->keys;
+    pool->keys += layer.experts;
+    total += static_cast<double>(layer.experts * layer.slot_bytes);
+  }
+  // Each pool its share, and none less than one slot.
+  std::int64_t least = 0, left = options_.bytes;
+  for (const Pool& pool : pools_) least += pool.slot_bytes;
+  if (least > left) {
+    throw std::invalid_argument("memory for experts: " + std::to_string(left) +
+                                " bytes, but one expert of each size needs " + std::to_string(least));
+  }
+  for (Pool& pool : pools_) {
+    const double share = static_cast<double>(options_.bytes) * static_cast<double>(pool.keys * pool.slot_bytes) / total;
+    least -= pool.slot_bytes;
+    const std::int64_t bytes = std::min(static_cast<std::int64_t>(share), left - least);
+    const std::int64_t count = std::clamp<std::int64_t>(bytes / pool.slot_bytes, 1, pool.keys);
+    left -= count * pool.slot_bytes;
+    pool.memory = std::make_unique<Memory>(count * pool.slot_bytes);
+    pool.residency = std::make_unique<Residency>(pool.keys, count);
+    pool.slots.resize(static_cast<std::size_t>(count));
+  }
+  reader_ = std::make_unique<Reader>(options_.files, options_.direct, options_.threads,
+                                     [this](std::int64_t tag, const std::string* error) { done(tag, error); });
+}
+
+std::int64_t ExpertStore::bytes() const {
+  std::int64_t bytes = 0;
+  for (const Pool& pool : pools_) bytes += pool.memory->size();
+  return bytes;
+}
+
+std::int64_t ExpertStore::slots() const {
+  std::int64_t count = 0;
+  for (const Pool& pool : pools_) count += pool.residency->slots();
+  return count;
+}
+
+std::vector<ExpertCounts> ExpertStore::counts() const {
+  std::lock_guard lock(mutex_);
+  std::vector<ExpertCounts> all;
+  for (const Layer& layer : layers_) all.push_back(layer.counts);
+  return all;
+}
+
+// Tags of reads: the pool in the low byte, the slot above.
+std::int64_t ExpertStore::request(int number, std::int64_t expert) {
+  Layer& layer = layers_[static_cast<std::size_t>(number)];
+  Pool& pool = pools_[layer.pool];
+  const std::int64_t place = pool.residency->claim(layer.first_key + expert);
+  if (place < 0) return -1;
+  pool.residency->pin(place);  // the readers' own
+  Slot& slot = pool.slots[static_cast<std::size_t>(place)];
+  slot = {.pieces = 0, .layer = number, .ahead = false, .error = {}};
+  ++layer.counts.misses;
+  std::byte* base = pool.memory->data() + place * pool.slot_bytes;
+  if (layer.reading++ == 0) layer.since = Clock::now();
+  for (std::size_t i = 0; i < layer.parts.size(); ++i) {
+    FilePart part = layer.parts[i];
+    part.offset += expert * part.bytes;
+    slot.pieces += Reader::pieces(part);
+    layer.counts.bytes += part.bytes;
+    reader_->read(part, base + layer.places[i], place * 256 + static_cast<std::int64_t>(layer.pool));
+  }
+  return place;
+}
+
+void ExpertStore::done(std::int64_t tag, const std::string* error) {
+  std::lock_guard lock(mutex_);
+  Pool& pool = pools_[static_cast<std::size_t>(tag % 256)];
+  const std::int64_t place = tag / 256;
+  Slot& slot = pool.slots[static_cast<std::size_t>(place)];
+  if (error) {
+    slot.error = *error;
+    pool.residency->spoil(place);
+  }
+  if (--slot.pieces > 0) return;
+  Layer& layer = layers_[static_cast<std::size_t>(slot.layer)];
+  if (--layer.reading == 0) layer.counts.read += seconds_since(layer.since);
+  pool.residency->unpin(place);
+  arrived_.notify_one();
+}
+
+// A layer that does not come after the last one: a step has begun.
+void ExpertStore::advance(int layer) {
+  if (layer <= last_layer_) {
+    for (Pool& pool : pools_) pool.residency->advance();
+  }
+  last_layer_ = layer;
+}
+
+void ExpertStore::drop_ahead() {
+  for (const auto& [pool, slot] : ahead_) pools_[pool].residency->unpin(slot);
+  ahead_.clear();
+}
+
+MlpWeights ExpertStore::weights(int number, std::int64_t expert, std::int64_t place) const {
+  const Layer& layer = layers_[static_cast<std::size_t>(number)];
+  const Pool& pool = pools_[layer.pool];
+  const std::byte* base = pool.memory->data() + place * pool.slot_bytes;
+  MlpWeights one = layer.stacks;
+  std::size_t i = 0;
+  for_each_array(one, [&](const std::byte*& array) {
+    const FilePart& part = layer.parts[i];
+    array = base + layer.places[i] + Reader::lead(part.offset + expert * part.bytes);
+    ++i;
+  });
+  return one;
+}
+
+}  // namespace mixbit

@@ -1,0 +1,142 @@
+// Experts that are read from their files when they are chosen, into slots of a bounded size in memory.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+#include "reader.h"
+#include "residency.h"
+#include "route.h"
+
+namespace mixbit {
+
+struct StoreOptions {
+  std::vector<std::string> files;
+  std::int64_t bytes;  // for all slots together
+  bool direct;         // past the page cache
+  int threads;         // that read
+};
+
+// Since the start. Seconds: while anything was being read for the layer; while its op had nothing to compute; while it
+// computed experts.
+struct ExpertCounts {
+  std::int64_t hits = 0, misses = 0, bytes = 0;
+  double read = 0, wait = 0, compute = 0;
+};
+
+class ExpertStore {
+ public:
+  explicit ExpertStore(StoreOptions options);
+  ~ExpertStore();
+
+  // The stacks of one op's experts, and where expert 0 of each of their arrays lies: weight, then scales and biases of
+  // quantized ones, of gate, up and down; expert e lies e times as many bytes further. Returns the layer's number; ops
+  // are added in the order in which they run.
+  int add(const MlpWeights& stacks, std::vector<FilePart> parts);
+
+  // All layers are known: takes memory for slots. Layers whose experts have one size share slots. Throws
+  // std::invalid_argument if there is not room for one expert of each size.
+  void finish();
+
+  std::int64_t bytes() const;  // of all slots
+  std::int64_t slots() const;
+  std::vector<ExpertCounts> counts() const;
+
+ private:
+  friend class ExpertFetch;
+  using Clock = std::chrono::steady_clock;
+
+  struct Layer {
+    MlpWeights stacks;
+    std::vector<FilePart> parts;
+    std::vector<std::int64_t> places;  // of each part's room in a slot
+    std::int64_t experts, slot_bytes;
+    std::size_t pool = 0;
+    std::int64_t first_key = 0;
+    ExpertCounts counts{};
+    std::int64_t reading = 0;  // experts of it that are being read
+    Clock::time_point since{};
+  };
+  struct Slot {
+    std::int64_t pieces = 0;  // still to be read
+    int layer = -1;
+    bool ahead = false;  // read before it was asked for, and not used since
+    std::string error;
+  };
+  class Memory;
+  struct Pool {
+    std::int64_t slot_bytes, keys;
+    std::unique_ptr<Memory> memory{};
+    std::unique_ptr<Residency> residency{};
+    std::vector<Slot> slots{};
+  };
+
+  // All need the mutex.
+  std::int64_t request(int layer, std::int64_t expert);  // a slot, pinned, that is being read into; -1: none to be had
+  void advance(int layer);
+  void drop_ahead();
+
+  void done(std::int64_t tag, const std::string* error);
+  MlpWeights weights(int layer, std::int64_t expert, std::int64_t slot) const;
+
+  StoreOptions options_;
+  std::vector<Layer> layers_;
+  std::vector<Pool> pools_;
+  int last_layer_ = -1;
+  std::vector<std::pair<std::size_t, std::int64_t>> ahead_;  // pool and slot of what was read before it was asked for
+  mutable std::mutex mutex_;
+  std::condition_variable arrived_;
+  std::unique_ptr<Reader> reader_;  // last: its threads end first
+};
+
+// What one op of one step needs: experts in memory at once, the others as they are read.
+class ExpertFetch {
+ public:
+  // groups: see Grouping. tokens: of the step. in_order: waves follow the order of groups, as a sum that is made in
+  // place asks for; else whatever is ready comes first.
+  ExpertFetch(ExpertStore& store, int layer, std::span<const Grouping::Group> groups, std::int64_t tokens,
+              bool in_order);
+  ~ExpertFetch();
+  ExpertFetch(const ExpertFetch&) = delete;
+  ExpertFetch& operator=(const ExpertFetch&) = delete;
+
+  // Waits for the next groups, by number, whose experts are in memory; empty when all were given. Those given before
+  // may leave memory. Throws ReadError.
+  std::span<const std::size_t> next();
+
+  // Of a group of the last wave.
+  MlpWeights weights(std::size_t group) const;
+
+ private:
+  enum class State : std::uint8_t { pending, held, given };
+  struct Need {
+    State state = State::pending;
+    bool read = false;  // for this fetch
+    std::int64_t slot = -1;
+  };
+
+  void release_wave();
+  void request_pending();
+  void request_ahead();
+  void collect();
+  bool yield_one();
+  bool ready(const Need& need) const;
+
+  ExpertStore& store_;
+  int layer_;
+  std::span<const Grouping::Group> groups_;
+  bool in_order_, scan_;
+  std::vector<Need> needs_;
+  std::vector<std::size_t> wave_;
+  std::size_t first_pending_ = 0, first_kept_ = 0;  // before them none is pending; all were given
+  ExpertStore::Clock::time_point since_;
+};
+
+}  // namespace mixbit

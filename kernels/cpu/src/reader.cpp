@@ -1,0 +1,139 @@
+#include "reader.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+namespace mixbit {
+namespace {
+
+constexpr std::int64_t piece_bytes = 1 << 20;
+
+constexpr std::int64_t floor_to(std::int64_t n) { return n / Reader::alignment * Reader::alignment; }
+constexpr std::int64_t ceil_to(std::int64_t n) { return floor_to(n + Reader::alignment - 1); }
+
+// Whether the file system reads past its cache; some refuse only when asked to read.
+bool reads_directly([[maybe_unused]] int descriptor) {
+#if defined(O_DIRECT)
+  const std::unique_ptr<void, void (*)(void*)> page(std::aligned_alloc(Reader::alignment, Reader::alignment),
+                                                    std::free);
+  return pread(descriptor, page.get(), Reader::alignment, 0) >= 0;
+#else
+  return false;
+#endif
+}
+
+int open_direct(const char* path) {
+#if defined(O_DIRECT)
+  return open(path, O_RDONLY | O_CLOEXEC | O_DIRECT);
+#else
+  static_cast<void>(path);
+  return -1;
+#endif
+}
+
+int open_buffered(const char* path, [[maybe_unused]] bool uncached) {
+  const int descriptor = open(path, O_RDONLY | O_CLOEXEC);
+#if defined(F_NOCACHE)
+  if (descriptor >= 0 && uncached) fcntl(descriptor, F_NOCACHE, 1);
+#endif
+#if defined(POSIX_FADV_RANDOM)
+  if (descriptor >= 0) posix_fadvise(descriptor, 0, 0, POSIX_FADV_RANDOM);  // what lies beside a part is not wanted
+#endif
+  return descriptor;
+}
+
+std::string name_of(const std::string& path) { return path.substr(path.rfind('/') + 1); }
+
+}  // namespace
+
+std::int64_t Reader::pieces(const FilePart& part) {
+  const std::int64_t bytes = ceil_to(part.offset + part.bytes) - floor_to(part.offset);
+  return (bytes + piece_bytes - 1) / piece_bytes;
+}
+
+Reader::Reader(std::vector<std::string> paths, bool direct, int threads, Done done) : done_(std::move(done)) {
+  for (std::string& path : paths) {
+    int descriptor = direct ? open_direct(path.c_str()) : -1;
+    if (descriptor >= 0 && !reads_directly(descriptor)) {
+      close(descriptor);
+      descriptor = -1;
+    }
+    const bool past_cache = descriptor >= 0;
+    if (!past_cache) descriptor = open_buffered(path.c_str(), direct);
+    if (descriptor < 0) {
+      const std::string why = std::strerror(errno);
+      for (const File& file : files_) close(file.descriptor);
+      throw ReadError(path + ": cannot be opened: " + why);
+    }
+    files_.push_back({std::move(path), descriptor, past_cache});
+  }
+  for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
+}
+
+Reader::~Reader() {
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  wake_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+  for (const File& file : files_) close(file.descriptor);
+}
+
+void Reader::read(const FilePart& part, std::byte* to, std::int64_t tag) {
+  const bool direct = files_.at(static_cast<std::size_t>(part.file)).direct;
+  const std::int64_t begin = floor_to(part.offset), end = part.offset + part.bytes, room_end = ceil_to(end);
+  std::lock_guard lock(mutex_);
+  for (std::int64_t at = begin; at < room_end; at += piece_bytes) {
+    const std::int64_t next = std::min(at + piece_bytes, room_end);
+    const std::int64_t first = direct ? at : std::max(at, part.offset), last = std::min(next, end);
+    queue_.push_back({part.file, first, last, direct ? next : last, to + (first - begin), tag});
+    wake_.notify_one();
+  }
+}
+
+void Reader::work() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    wake_.wait(lock, [&] { return stop_ || !queue_.empty(); });
+    if (stop_) return;
+    const Piece piece = queue_.front();
+    queue_.pop_front();
+    lock.unlock();
+    const std::string error = run(piece);
+    done_(piece.tag, error.empty() ? nullptr : &error);
+    lock.lock();
+  }
+}
+
+// Empty, or what went wrong.
+std::string Reader::run(const Piece& piece) const {
+  const File& file = files_[static_cast<std::size_t>(piece.file)];
+  std::int64_t at = piece.begin;
+  while (true) {
+    const ssize_t count = pread(file.descriptor, piece.to + (at - piece.begin),
+                                static_cast<std::size_t>(piece.room_end - at), static_cast<off_t>(at));
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0) {
+      return name_of(file.path) + ": cannot be read at byte " + std::to_string(at) + ": " + std::strerror(errno) +
+             "; check the disk, then download the file again and restart";
+    }
+    const std::int64_t got = at + count;
+    if (got >= piece.end) return {};
+    const std::int64_t next = file.direct ? floor_to(got) : got;  // a short read goes on at a multiple
+    if (next <= at) {
+      return name_of(file.path) + ": ends at byte " + std::to_string(got) + ", before byte " +
+             std::to_string(piece.end) + " that a weight reaches to: it was truncated while in use; download it again "
+             "and restart";
+    }
+    at = next;
+  }
+}
+
+}  // namespace mixbit

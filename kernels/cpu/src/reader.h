@@ -1,0 +1,81 @@
+// Reads parts of files into memory, several at once, by threads that do nothing else.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace mixbit {
+
+// A file could not be opened or read: which, where, why, and what to do.
+class ReadError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Bytes [offset, offset + bytes) of a file.
+struct FilePart {
+  int file;
+  std::int64_t offset, bytes;
+};
+
+class Reader {
+ public:
+  // Direct reads go past the page cache: they begin and end at multiples of this, in the file and in memory.
+  static constexpr std::int64_t alignment = 4096;
+
+  // Bytes of memory, aligned so, that a part of `bytes` may need; its first byte comes to lie at `lead`.
+  static constexpr std::int64_t room(std::int64_t bytes) {
+    return (bytes + alignment - 1) / alignment * alignment + alignment;
+  }
+  static constexpr std::int64_t lead(std::int64_t offset) { return offset % alignment; }
+
+  // Pieces in which a part is read: long ones are shared by the threads.
+  static std::int64_t pieces(const FilePart& part);
+
+  // Called by a reading thread for each piece; error: null, or which file could not be read, where, and why.
+  using Done = std::function<void(std::int64_t tag, const std::string* error)>;
+
+  // direct: where the file system allows. Throws ReadError for a file that cannot be opened.
+  Reader(std::vector<std::string> paths, bool direct, int threads, Done done);
+  ~Reader();
+  Reader(const Reader&) = delete;
+  Reader& operator=(const Reader&) = delete;
+
+  // Reads `part` to `to`, which has room for it, after what was asked for before.
+  void read(const FilePart& part, std::byte* to, std::int64_t tag);
+
+ private:
+  struct File {
+    std::string path;
+    int descriptor;
+    bool direct;
+  };
+  // `end`: of what is wanted, `room_end`: of what may be read, both places in the file.
+  struct Piece {
+    int file;
+    std::int64_t begin, end, room_end;
+    std::byte* to;
+    std::int64_t tag;
+  };
+
+  void work();
+  std::string run(const Piece& piece) const;
+
+  std::vector<File> files_;
+  Done done_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<Piece> queue_;
+  bool stop_ = false;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace mixbit
