@@ -77,8 +77,8 @@ def build(config: EngineConfig, progress: Progress) -> BuiltEngine:
     executor = choice.backend.compile(model.program, cache, options)
     pace = Pace(plan.step_tokens)
     if plan.experts is None:  # else it would read gigabytes
-        for measured in warm_up(executor, cache, plan.step_tokens):
-            pace.note(*measured)
+        for step, seconds in warm_up(executor, cache, plan.step_tokens, context_length):
+            pace.note(step, seconds)
     progress("preparing the device", 1, 1)
     scheduler = Scheduler(
         blocks=cache.blocks,

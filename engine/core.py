@@ -14,7 +14,7 @@ from mixbit.engine.admission import Admission, Embedding, Generation, Work
 from mixbit.engine.detokenizer import Piece
 from mixbit.engine.disk_restore import Restore
 from mixbit.engine.disk_tier import DiskTier
-from mixbit.engine.pace import Pace
+from mixbit.engine.pace import Load, Pace
 from mixbit.engine.pooling import NonFiniteStatesError
 from mixbit.engine.protocol import (
     Delta,
@@ -121,7 +121,7 @@ class EngineCore:
                 restore.close()
                 self._queue(restore)
             return []
-        start = time.perf_counter()
+        load, start = _load(chunks), time.perf_counter()
         self._steps += 1
         try:
             results = self._step(chunks, self.scheduler.moves)
@@ -135,8 +135,7 @@ class EngineCore:
             log.exception("a step of %d requests failed", len(chunks))
             return self._recover(chunks, error)
         self._failures = 0
-        decodes = sum(chunk.count == 1 and chunk.samples for chunk in chunks)
-        self._pace.note(decodes, sum(chunk.count for chunk in chunks) - decodes, time.perf_counter() - start)
+        self._pace.note(load, time.perf_counter() - start)
         messages: list[FromWorker] = []
         rows = iter(results)
         for chunk in chunks:
@@ -151,7 +150,7 @@ class EngineCore:
             if chunk.samples:
                 messages += self._sample(work, own[-1])
         if self._disk is not None:
-            self._disk.save(1 if decodes else _EXPORTS)  # what takes long is for when nobody waits
+            self._disk.save(1 if load.decodes else _EXPORTS)  # what takes long is for when nobody waits
         return messages
 
     def stats(self) -> Stats:
@@ -313,6 +312,13 @@ def total(layers: Sequence[ExpertStats]) -> ExpertStats:
     """The sums of all fields."""
     fields = msgspec.structs.fields(ExpertStats)
     return ExpertStats(**{each.name: sum(getattr(layer, each.name) for layer in layers) for each in fields})
+
+
+def _load(chunks: Sequence[Chunk]) -> Load:
+    prefills = [chunk for chunk in chunks if not chunk.decodes]
+    prefill = sum(chunk.count for chunk in prefills)
+    attended = sum(chunk.count * (2 * chunk.start + chunk.count) // 2 for chunk in prefills)
+    return Load(len(chunks) - len(prefills), prefill, attended)
 
 
 def _deltas(request: Request, piece: Piece) -> list[FromWorker]:

@@ -34,6 +34,7 @@ class Request:
     blocks: array[int] = field(default_factory=lambda: array("i"))  # int32: the runner copies them as they are
     node: Node | None = None  # the deepest of the cached prefix, to which the first blocks belong
     checkpoints: dict[int, Checkpoint] = field(default_factory=dict)  # within the block that is being filled
+    kept: int = 0  # tokens when the recurrent state was last kept, or was taken from the cache
     slot: int = -1  # of the recurrent state; -1 while not running
     isolate_until: int = 0  # runs alone while fewer tokens than this are computed
     leader: Request | None = None  # an older one that computes the same; this one waits
@@ -76,6 +77,11 @@ class Chunk:
     def samples(self) -> bool:
         """Whether the next token is sampled after this chunk."""
         return self.start + self.count == len(self.request.tokens)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this is one sequence's next token, and no part of a prefill."""
+        return self.count == 1 and self.samples
 
     @property
     def rows(self) -> range:

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from mixbit.engine.pace import Load
 from mixbit.engine.request import Chunk, CopyBlock, CopyState, Move, Request
 from mixbit.kernels.executor import Batch, CacheConfig, Executor
 
 _WARM_TOKENS = 16
-_TIMED_SECONDS = 0.15
+_FEW_TOKENS = (3, 5, 9)  # of small prefills, the last also after a context so _FAR that attention shows
+_FAR = 2048
+_TIMED_SECONDS = 0.4
 
 
 class Runner:
@@ -68,15 +71,16 @@ def batch_of(chunks: Sequence[Chunk]) -> Batch:
     )
 
 
-def warm_up(executor: Executor, cache: CacheConfig, step_tokens: int) -> list[tuple[int, int, float]]:
+def warm_up(executor: Executor, cache: CacheConfig, step_tokens: int, context: int) -> list[tuple[Load, float]]:
     """Run prefills and decodes, so that the first request does not pay for compilation and first touch.
 
-    Returns (decodes, tokens of prefill, seconds) of what was run after that, as `Pace.note` takes it: little on slow
-    devices.
+    context: tokens of the longest sequence. Returns the seconds of what was run after that, as `Pace.note` takes
+    it: little on slow devices.
     """
-    longest = min(step_tokens, cache.blocks * cache.block_size)
-    request = Request("warm-up", tokens=[], prompt_tokens=1, max_length=longest + 1)
-    request.blocks.extend(range(-(-longest // cache.block_size)))
+    capacity = min(context, cache.blocks * cache.block_size)
+    longest = min(step_tokens, capacity)
+    request = Request("warm-up", tokens=[], prompt_tokens=1, max_length=capacity + 1)
+    request.blocks.extend(range(-(-capacity // cache.block_size)))
     request.slot = 0
 
     def seconds(start: int, count: int) -> float:
@@ -88,10 +92,14 @@ def warm_up(executor: Executor, cache: CacheConfig, step_tokens: int) -> list[tu
     size = min(longest, _WARM_TOKENS)
     seconds(0, size)
     seconds(size - 1, 1)
-    timed = [(1, 0, seconds(size - 1, 1)) for _ in range(3)]
+    timed = [(Load(1), seconds(size - 1, 1)) for _ in range(3)]
     end = time.perf_counter() + _TIMED_SECONDS
-    size = _WARM_TOKENS // 2
-    while size <= longest and time.perf_counter() + 2 * timed[-1][2] < end:
-        timed.append((0, size, seconds(0, size)))
-        size *= 2
+    small, far = ((0, count) for count in _FEW_TOKENS), (_FAR, _FEW_TOKENS[-1])
+    for start, count in (*small, far, *((0, 16 << n) for n in range(20))):
+        if count > longest or start + count > capacity:
+            continue
+        if time.perf_counter() + 4 * timed[-1][1] > end:
+            break
+        least = min(seconds(start, count) for _ in range(2))  # the first may touch memory, either may be disturbed
+        timed.append((Load(0, count, count * (2 * start + count) // 2), least))
     return timed

@@ -25,6 +25,7 @@ from mixbit.engine.prefix_cache import Match, PrefixCache
 from mixbit.engine.request import Chunk, CopyBlock, CopyState, Move, Request
 
 _SCORED_AT_ONCE = 64  # tokens of a prompt whose logits are wanted
+_STATE_SPACING = 64  # tokens between states that are kept at chunk boundaries
 
 
 class Scheduler:
@@ -44,6 +45,7 @@ class Scheduler:
         self.block_size = block_size
         self.step_tokens = step_tokens
         self.max_running = max_running
+        self._spacing = min(_STATE_SPACING, step_tokens)
         self.cache = PrefixCache(
             blocks=blocks,
             block_size=block_size,
@@ -106,10 +108,11 @@ class Scheduler:
         else:
             self.waiting.remove(request)
 
-    def plan(self, prefill_limit: Callable[[int], int] | None = None) -> list[Chunk]:
+    def plan(self, prefill_limit: Callable[[int, int], int] | None = None) -> list[Chunk]:
         """The chunks of the next step, oldest request first; empty only if idle. Blocks are allocated.
 
-        prefill_limit: how many tokens of prefill may run beside so many decodes, if there are any.
+        prefill_limit: how many tokens of prefill may run beside so many decodes, if there are any, after so many
+        tokens of context.
         """
         self._grow_running()
         self._admit()
@@ -123,7 +126,7 @@ class Scheduler:
         decodes = sum(request.pending == 1 for request in self.running)
         budget = self.step_tokens - decodes
         if prefills and decodes and prefill_limit is not None:
-            budget = min(budget, prefill_limit(decodes))
+            budget = min(budget, prefill_limit(decodes, max(request.computed for request in prefills)))
         shares: dict[int, int] = {}
         for request in prefills:
             shares[request.arrival] = min(self._reach(request), (budget + 1) // 2)
@@ -140,13 +143,13 @@ class Scheduler:
 
         But for those of embedded texts: an index of thousands would drive out the conversations.
         """
-        request = chunk.request
+        request, decodes = chunk.request, chunk.decodes
         request.cached_tokens = min(request.cached_tokens, chunk.start)
         request.computed = chunk.start + chunk.count
         if request.embeds:
             return
         lasting = request.computed in request.stops
-        if self.cache.recurrent and (lasting or chunk.count > 1):
+        if self.cache.recurrent and (lasting or (not decodes and self._far(request))):
             self._keep_state(request, lasting=lasting)
         self._share(request)
 
@@ -175,6 +178,10 @@ class Scheduler:
 
     def _chunk(self, request: Request, count: int) -> Chunk:
         return Chunk(request, request.computed, count)
+
+    def _far(self, request: Request) -> bool:
+        """Whether enough has been computed since the last state was kept: chunks may be small."""
+        return request.computed - request.kept >= self._spacing
 
     def _reach(self, request: Request) -> int:
         """Tokens that one chunk may compute: the state is to be kept after a stop, and logits are large."""
@@ -234,7 +241,7 @@ class Scheduler:
 
     def _go_on(self, request: Request, match: Match) -> None:
         """Continue from a prefix whose node is acquired, with blocks and slot that the request has."""
-        request.node, request.computed = match.node, match.length
+        request.node, request.computed, request.kept = match.node, match.length, match.length
         if match.source is not None:
             self.moves.append(CopyBlock(match.source.block, request.blocks[match.node.depth]))
         if match.checkpoint is not None and match.checkpoint.slot != request.slot:
@@ -261,7 +268,7 @@ class Scheduler:
         if leader.embeds or not self.cache.recurrent:
             return not leader.embeds
         return self.cache.slots.size > self.max_running and (
-            shared - leader.computed >= self.step_tokens
+            shared - leader.computed >= self.step_tokens + self._spacing
             or any(leader.computed < stop <= shared for stop in leader.stops)
         )
 
@@ -313,6 +320,7 @@ class Scheduler:
 
     def _keep_state(self, request: Request, *, lasting: bool) -> None:
         """Take a checkpoint of the state as it is, if there is room."""
+        request.kept = request.computed
         if (slot := self.cache.take_slot(lasting=lasting)) is not None:
             self.moves.append(CopyState(request.slot, slot))
             self.cache.keep(slot, request.computed, request.checkpoints, lasting=lasting)

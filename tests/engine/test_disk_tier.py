@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ import pytest
 from mixbit.engine.client import EngineClient
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.disk_store import entries
+from mixbit.engine.disk_tier import fingerprint
 from tests.checkpoints import VOCAB_SIZE, write_checkpoint
 from tests.engine.test_client import complete, message
 
@@ -95,6 +97,26 @@ async def test_nothing_is_shared_with_another_model(model: Path, tmp_path: Path)
     async with engine(other, tmp_path / "disk") as client:
         _, finished = await complete(client, message(prompt=PROMPT))
     assert finished.usage.cached_tokens == 0
+
+
+def test_what_values_depend_on_is_in_the_key(model: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+
+    def key(**settings: Any) -> str:
+        return fingerprint(EngineConfig(model=str(directory), **settings), "cpu", 100)
+
+    keys = [key(), key(block_size=16), key(precision="exact"), key(top_k_experts=1), key(isa="avx2")]
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        file = directory / name
+        file.write_text(file.read_text() + " ")
+        keys.append(key())
+    weights = next(directory.glob("*.safetensors"))
+    os.utime(weights, (1, 1))
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+    assert key(threads=3, max_running=2, cache_bytes=1 << 20) == key() == keys[-1]
 
 
 async def test_an_unusable_directory_only_turns_the_tier_off(model: Path, tmp_path: Path) -> None:

@@ -76,6 +76,21 @@ def test_chunk_boundaries_serve_where_a_long_message_was_edited() -> None:
     assert cached(twin, prompt("a", text), prompt("b", [*text[:50], 1, 2, 3])) == [0, 48]
 
 
+def test_states_of_small_chunks_are_not_kept_closer_than_they_are_of_use() -> None:
+    """Beside decodes a chunk may be a few tokens; each state is as large as hundreds of them."""
+    twin = Twin(scheduler(blocks=400, block_size=4, step_tokens=16, spare=40), limit=lambda decodes, context: 2)
+    twin.scheduler.add(prompt("decodes", [5, 6, 7], 200))
+    twin.step()
+    text = list(range(1000, 1100))
+    one = prompt("a", text)
+    twin.scheduler.add(one)
+    while one.computed < 96:
+        twin.step()
+    places = [each.position for node in twin.scheduler.cache.nodes() for each in node.checkpoints.values()]
+    assert sorted(place for place in places if place > 3) == [16, 32, 48, 64, 80, 96]
+    assert cached(twin, prompt("b", [*text[:50], 1, 2, 3])) == [48]
+
+
 def test_interleaved_conversations_keep_their_prefixes() -> None:
     twin = Twin(scheduler(blocks=200, block_size=4, spare=60))
     talks = {name: [*range(start, start + 30), END] for name, start in (("a", 100), ("b", 200), ("c", 300))}
@@ -241,7 +256,8 @@ def test_random_conversations_aborts_faults_and_evictions(
             max_running=max_running,
             step_tokens=max_running + extra_tokens,
             spare=spare,
-        )
+        ),
+        limit=rng.choice([None, lambda decodes, context: rng.randint(0, 3)]),
     )
     past: list[list[int]] = [[1, 2, 3]]
     added: list[Request] = []

@@ -93,6 +93,28 @@ def test_a_leak_is_noticed() -> None:
         plan.check_idle()
 
 
+def test_nobody_waits_for_ever_while_others_keep_arriving() -> None:
+    """Short prompts that come in every step hold up a long one by no more than their half of the steps."""
+    twin = Twin(scheduler(blocks=400, max_running=4, step_tokens=16))
+    long = request("long", prompt=400, output=2)
+    twin.scheduler.add(long)
+    steps = 0
+    while long not in twin.finished:
+        for _ in range(3):
+            twin.scheduler.add(request("short", prompt=5, output=2))
+        twin.step()
+        steps += 1
+        assert steps <= 400 / ((16 - 3) / 2) + 2
+    waiting = request("waiting", prompt=400, output=2)
+    twin.scheduler.add(waiting)
+    ahead = len(twin.scheduler.waiting)
+    while waiting not in twin.finished:
+        twin.scheduler.add(request("later", prompt=5, output=2))
+        twin.step()
+        steps += 1
+        assert steps < 10 * ahead + 300
+
+
 REQUESTS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=12)
 EVENTS = st.lists(st.sampled_from(["step", "add", "abort", "fail"]), max_size=60)
 

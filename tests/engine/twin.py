@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mixbit.engine.prefix_cache import Match, Node, PrefixCache
 from mixbit.engine.request import Chunk, CopyBlock, CopyState, Move, Request
@@ -28,8 +28,9 @@ def scheduler(
 class Twin:
     """Runs the scheduler's plans on a naive device, where what a place holds is the prefix it was made from."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, limit: Callable[[int, int], int] | None = None) -> None:
+        """limit: of a prefill beside decodes, as `plan` takes it."""
+        self.scheduler, self.limit = scheduler, limit
         self.finished: list[Request] = []
         self.memory: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, place) -> tokens up to it
         self.states: dict[int, tuple[int, ...]] = {}  # slot -> tokens it has seen
@@ -44,7 +45,7 @@ class Twin:
         return found
 
     def step(self, *, fail: bool = False) -> list[Chunk]:
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self.limit)
         self.check(plan)
         if fail:
             if len(plan) == 1:
