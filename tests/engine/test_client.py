@@ -144,14 +144,17 @@ async def test_memory_that_runs_short_does_not_change_the_text(
         async with engine(models[model], **shape, **settings) as client:
             assert client.ready is not None
             said = await asyncio.gather(*(complete(client, request) for request in requests))
-            await until(lambda: client.stats is not None and client.stats.running == 0)
+            await until(lambda: client.stats is not None and client.stats.steps > 0 == client.stats.running)
             assert client.stats is not None
             return said, client.ready.cache_bytes, client.stats.preemptions
 
     ample, cache_bytes, none = await texts()
     # All four are admitted with their prompts, and cannot all grow to their ends.
-    tight, _, some = await texts(cache_bytes=cache_bytes * 6 // 10)
-    assert tight == ample
+    for _ in range(10):  # on a busy machine they may come one after another
+        tight, _, some = await texts(cache_bytes=cache_bytes * 6 // 10)
+        assert tight == ample
+        if some:
+            break
     assert none == 0 < some
 
 
