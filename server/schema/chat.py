@@ -193,6 +193,7 @@ class CreateChatCompletionRequest(SamplingFields):
     chat_template_kwargs: TemplateKwargs | None = Field(
         None, description="Variables for the chat template, such as enable_thinking. Control keys are refused."
     )
+    chat_template: Annotated[Any, unsupported("a template is chosen by who starts it, with --chat-template")] = None
     functions: Annotated[Any, unsupported("use tools")] = None
     function_call: Annotated[Any, unsupported("use tool_choice")] = None
     modalities: list[Literal["text"]] | None = None

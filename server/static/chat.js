@@ -171,7 +171,7 @@ function take(message, chunk, seconds) {
     }
     if (delta.reasoning_content) message.reasoning += delta.reasoning_content;
     if (delta.content) message.content += delta.content;
-    if (message.reasoning && !stats.thoughtFor && (delta.content?.trim() || delta.tool_calls)) stats.thoughtFor = seconds - stats.first;
+    if (message.reasoning && (delta.content?.trim() || delta.tool_calls)) stats.thoughtFor ??= seconds - stats.first;
     for (const call of delta.tool_calls ?? []) {
       message.calls[call.index] ??= { id: call.id, name: call.function.name, arguments: "" };
       message.calls[call.index].arguments += call.function.arguments ?? "";

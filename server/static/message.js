@@ -81,7 +81,7 @@ export function assistantMessage(message, actions) {
 function thinkingTitle(message) {
   const { thoughtFor } = message.stats;
   if (message.state !== "done" && !message.content && !message.calls.length) return "Thinking";
-  return thoughtFor ? `Thought for ${seconds(thoughtFor)}` : "Thoughts";
+  return thoughtFor === undefined ? "Thoughts" : `Thought for ${seconds(thoughtFor)}`;
 }
 
 /** "12 tokens · 45.1 tok/s · first after 85 ms · prompt 31, 20 cached" */

@@ -156,6 +156,15 @@ def test_thoughts_are_folded(page: Page) -> None:
         assert done.get_by_text("let me see").is_visible()
 
 
+def test_thoughts_may_take_less_than_the_clock_shows(page: Page) -> None:
+    page.add_init_script("performance.now = () => 1000")
+    with serve(FakeEngine(Reply(["<think>let me see</think>Paris"])), THINKING) as site:
+        visit(page, site.url)
+        done = ask(page, "capital?")
+        assert text_of(done) == "Paris"
+        assert done.locator(".thinking summary").inner_text() == "Thought for 0.0 ms"
+
+
 def test_thinking_can_be_turned_off_where_the_template_can(page: Page) -> None:
     template = "{% if enable_thinking is defined and not enable_thinking %}[quiet]{% endif %}{{ messages[0].content }}"
     with serve(FakeEngine(), served_model(template)) as site:

@@ -247,6 +247,7 @@ async def test_other_models_are_not_found() -> None:
             "tool_choice",
         ),
         ({"grammar": "start: x", "response_format": {"type": "json_object"}}, "grammar"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"function_call": "auto"}, "function_call"),
         ({"audio": {}}, "audio"),

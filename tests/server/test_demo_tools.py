@@ -101,6 +101,27 @@ def test_a_tool_is_required(client: openai.OpenAI) -> None:
     assert call.function.name in {"get_weather", "get_time"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_tool_is_called_where_none_may_be(client: openai.OpenAI, stream: bool) -> None:
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    called = ask(client, tools=[WEATHER], tool_choice=named).choices[0].message.tool_calls[0].function
+    written = f'<tool_call>\n{{"name": "get_weather", "arguments": {called.arguments}}}\n</tool_call>'
+    # The model is made to write a call; it is one if it may be, and text if not.
+    body: dict[str, Any] = {"extra_body": {"grammar": f"start: {json.dumps(written)}"}, "stream": stream}
+    told = {}
+    free = {"type": "function", "function": {**WEATHER["function"], "strict": False}}
+    for choice in ("auto", "none"):
+        answer = ask(client, tools=[free], tool_choice=choice, **body)
+        text, calls, reason = "", 0, None
+        for part in answer if stream else [answer]:
+            said = part.choices[0].delta if stream else part.choices[0].message
+            text += said.content or ""
+            calls += sum(1 for call in said.tool_calls or () if call.id)
+            reason = part.choices[0].finish_reason or reason
+        told[choice] = (text, calls, reason)
+    assert told == {"auto": ("", 1, "tool_calls"), "none": (written, 0, "stop")}
+
+
 def test_streamed_deltas_join_to_valid_json(client: openai.OpenAI) -> None:
     named = {"type": "function", "function": {"name": "get_weather"}}
     chunks = list(ask(client, tools=[WEATHER], tool_choice=named, stream=True))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -181,3 +184,18 @@ def test_a_name_that_no_function_can_have_is_text(name: str) -> None:
 def test_a_plain_output_passes_through_as_it_is() -> None:
     text = "<think> <tool_call> \n"
     assert read(syntax(None), list(text)).text == text
+
+
+CODE = '__import__("pathlib").Path("written").write_text("by a call")'
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_code_in_the_place_of_a_value_is_never_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = WRITERS[name]([("write", {"count": 12345, "items": [12345], "text": CODE})]).replace("12345", CODE)
+    output = read(syntax(name), list(text))
+    for (_, arguments), complete in zip(output.calls, output.complete, strict=True):
+        if complete:
+            assert {type(value) for value in json.loads(arguments).values()} == {str}, "it can only be text"
+    assert all(output.complete) != bool(output.text)
+    assert list(tmp_path.iterdir()) == []
