@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mixbit.engine.client import RequestError
+from mixbit.engine.client import Engine, EngineState, RequestError
 from mixbit.engine.protocol import Delta, Finished, FinishReason, TokenLogprobs
 from mixbit.server.errors import ApiError
 from mixbit.server.generation import Batch, api_error
@@ -22,6 +22,32 @@ from mixbit.server.sse import DONE, Disconnected, EventStream, error_events, eve
 from mixbit.server.version import VERSION
 
 Json = dict[str, Any]
+
+
+async def begun(
+    engine: Engine,
+    begin: Callable[[], Coroutine[Any, Any, Response]],
+    *,
+    stream: bool | None,
+    broken: Callable[[ApiError], bytes] = error_events,
+) -> Response:
+    """The answer of `begin`. Where a stream's model has to be loaded first, the stream begins at once and is kept
+    alive; a refusal is then an event, as `broken` makes it."""
+    if not stream or engine.state is EngineState.READY:
+        return await begin()
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        try:
+            answer = await begin()
+        except ApiError as error:
+            yield broken(error)
+            return
+        assert isinstance(answer, EventStream)
+        async with aclosing(answer.events):
+            async for data in answer.events:
+                yield data
+
+    return EventStream(events(), HTTP.keepalive_seconds, broken)
 
 
 async def whole_answer(request: Request, work: Coroutine[Any, Any, Json], prompt_param: str) -> Response:

@@ -80,7 +80,7 @@ class EventStream(Response):
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._pause, self._broken = events, keepalive_seconds, broken
+        self.events, self._pause, self._broken = events, keepalive_seconds, broken
         self._last = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,7 +92,7 @@ class EventStream(Response):
         except Disconnected:
             pass
         finally:
-            await self._events.aclose()
+            await self.events.aclose()
 
     async def _send_all(self, send: Send) -> None:
         clock = asyncio.get_running_loop().time
@@ -110,8 +110,8 @@ class EventStream(Response):
         self._last = clock()
         alive = asyncio.ensure_future(keep_alive())
         try:
-            async with aclosing(self._events):
-                async for data in self._events:
+            async with aclosing(self.events):
+                async for data in self.events:
                     await put(data)
         except Exception:
             log.exception("a stream broke off")

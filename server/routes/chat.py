@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from mixbit.engine.client import RequestRefused
 from mixbit.engine.protocol import Delta, FinishReason, Generate, TokenLogprobs
-from mixbit.server.answer import Answer, Json
+from mixbit.server.answer import Answer, Json, begun
 from mixbit.server.conversation import render_prompt
 from mixbit.server.errors import invalid
 from mixbit.server.generation import Batch, api_error, choice_seed, require_ready, resolve_sampling, stop_strings
@@ -159,11 +159,15 @@ async def create_chat_completion(
     prompt = str(generate.prompt)
     parsers = [output_parser(body, service.model, prompt) for _ in requests]
     form = ChatFormat(parsers, with_logprobs=bool(body.logprobs))
-    try:
-        batch = await Batch.start(service.engine, requests, per_prompt=len(requests))
-    except RequestRefused as error:
-        raise api_error(error, form.prompt_param) from None
-    return await Answer(generate.request_id, service.model.name, batch, form, body).response(request)
+
+    async def begin() -> Response:
+        try:
+            batch = await Batch.start(service.engine, requests, per_prompt=len(requests))
+        except RequestRefused as error:
+            raise api_error(error, form.prompt_param) from None
+        return await Answer(generate.request_id, service.model.name, batch, form, body).response(request)
+
+    return await begun(service.engine, begin, stream=body.stream)
 
 
 def refuse_unsupported(body: CreateChatCompletionRequest) -> None:

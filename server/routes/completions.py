@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from mixbit.engine.client import Engine, RequestRefused
 from mixbit.engine.protocol import Delta, FinishReason, Generate, TokenLogprobs
-from mixbit.server.answer import Answer, Json
+from mixbit.server.answer import Answer, Json, begun
 from mixbit.server.errors import ApiError, invalid
 from mixbit.server.generation import Batch, api_error, choice_seed, require_ready, resolve_sampling, stop_strings
 from mixbit.server.logprobs import completion_logprobs, of_prompt
@@ -103,14 +103,19 @@ async def create_completion(body: CreateCompletionRequest, request: Request, ser
         raise invalid(f"{len(prompts)} prompts times n = {n} exceed {REQUEST.max_choices} choices.", "n")
     require_ready(service.engine)
     name = f"cmpl-{uuid.uuid4().hex}"
-    try:
-        echoes = [await _text(prompt, service.engine) if body.echo else "" for prompt in prompts]
-        batch = await Batch.start(service.engine, _plan(body, prompts, service.model, name), per_prompt=n)
-    except RequestRefused as error:
-        raise api_error(error, "prompt") from None
-    scored = [each.prompt_tokens if _scores_prompt(body) else 0 for each in batch.completions]
-    form = CompletionFormat([echo for echo in echoes for _ in range(n)], body.logprobs, scored)
-    return await Answer(name, service.model.name, batch, form, body).response(request)
+    plans = _plan(body, prompts, service.model, name)
+
+    async def begin() -> Response:
+        try:
+            echoes = [await _text(prompt, service.engine) if body.echo else "" for prompt in prompts]
+            batch = await Batch.start(service.engine, plans, per_prompt=n)
+        except RequestRefused as error:
+            raise api_error(error, "prompt") from None
+        scored = [each.prompt_tokens if _scores_prompt(body) else 0 for each in batch.completions]
+        form = CompletionFormat([echo for echo in echoes for _ in range(n)], body.logprobs, scored)
+        return await Answer(name, service.model.name, batch, form, body).response(request)
+
+    return await begun(service.engine, begin, stream=body.stream)
 
 
 def _plan(body: CreateCompletionRequest, prompts: Sequence[Prompt], model: ServedModel, name: str) -> list[Generate]:

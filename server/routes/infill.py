@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 
 from mixbit.engine.client import RequestError, RequestRefused
 from mixbit.engine.protocol import Delta, Finished, Generate
-from mixbit.server.answer import Json, whole_answer
+from mixbit.server.answer import Json, begun, whole_answer
 from mixbit.server.errors import invalid
 from mixbit.server.generation import Batch, api_error, choice_seed, require_ready, resolve_sampling, stop_strings
 from mixbit.server.model import ServedModel
@@ -38,14 +38,18 @@ async def infill(body: InfillRequest, request: Request, services: CurrentService
     prompt = _prompt(body, service.model)
     require_ready(service.engine)
     started = time.perf_counter()
-    try:
-        batch = await Batch.start(service.engine, [_plan(body, prompt, service.model)], per_prompt=1)
-    except RequestRefused as error:
-        raise api_error(error, "input_prefix") from None
-    answer = _Infill(body, service.model.name, batch, started)
-    if body.stream:
-        return EventStream(answer.stream(), HTTP.keepalive_seconds)
-    return await whole_answer(request, answer.whole(), "input_prefix")
+
+    async def begin() -> Response:
+        try:
+            batch = await Batch.start(service.engine, [_plan(body, prompt, service.model)], per_prompt=1)
+        except RequestRefused as error:
+            raise api_error(error, "input_prefix") from None
+        answer = _Infill(body, service.model.name, batch, started)
+        if body.stream:
+            return EventStream(answer.stream(), HTTP.keepalive_seconds)
+        return await whole_answer(request, answer.whole(), "input_prefix")
+
+    return await begun(service.engine, begin, stream=body.stream)
 
 
 def _prompt(body: InfillRequest, model: ServedModel) -> str:

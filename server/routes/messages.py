@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 from mixbit.engine.client import RequestError
 from mixbit.engine.protocol import Finished, Usage
-from mixbit.server.answer import Json, whole_answer
+from mixbit.server.answer import Json, begun, whole_answer
 from mixbit.server.dialogue import Dialogue, Part, Parts, Step, chat_request, count_tokens, overflow, start
 from mixbit.server.errors import ApiError, anthropic_error, invalid
 from mixbit.server.generation import api_error
@@ -60,13 +60,17 @@ async def create_message(body: CreateMessageRequest, request: Request, services:
         top_p=body.top_p,
         top_k=body.top_k,
     )
-    try:
-        answer = _Answer(await start(chat, service, "messages"), service.model.name)
-    except ApiError as error:
-        raise _told(error) from None
-    if body.stream:
-        return EventStream(answer.stream(), HTTP.keepalive_seconds, _error_event)
-    return await whole_answer(request, answer.whole(), "messages")
+
+    async def begin() -> Response:
+        try:
+            answer = _Answer(await start(chat, service, "messages"), service.model.name)
+        except ApiError as error:
+            raise _told(error) from None
+        if body.stream:
+            return EventStream(answer.stream(), HTTP.keepalive_seconds, _error_event)
+        return await whole_answer(request, answer.whole(), "messages")
+
+    return await begun(service.engine, begin, stream=body.stream, broken=_error_event)
 
 
 @router.post("/v1/messages/count_tokens")

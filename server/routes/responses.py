@@ -15,7 +15,7 @@ from fastapi import Response as HttpResponse
 
 from mixbit.engine.client import RequestError
 from mixbit.engine.protocol import Finished, Usage
-from mixbit.server.answer import Json, whole_answer
+from mixbit.server.answer import Json, begun, whole_answer
 from mixbit.server.dialogue import Dialogue, Part, Parts, Step, start
 from mixbit.server.errors import ApiError, error_object
 from mixbit.server.generation import api_error
@@ -42,10 +42,15 @@ router = APIRouter(tags=["completions"])
 async def create_response(body: CreateResponseRequest, request: Request, services: CurrentServices) -> HttpResponse:
     """Continue a conversation, all of which is in the request."""
     service = services.of(body.model)
-    answer = _Answer(body, service.model.name, await start(to_chat(body), service, "input"))
-    if body.stream:
-        return EventStream(answer.stream(), HTTP.keepalive_seconds, _error_event)
-    return await whole_answer(request, answer.whole(), "input")
+    chat = to_chat(body)
+
+    async def begin() -> HttpResponse:
+        answer = _Answer(body, service.model.name, await start(chat, service, "input"))
+        if body.stream:
+            return EventStream(answer.stream(), HTTP.keepalive_seconds, _error_event)
+        return await whole_answer(request, answer.whole(), "input")
+
+    return await begun(service.engine, begin, stream=body.stream, broken=_error_event)
 
 
 def _error_event(error: ApiError) -> bytes:

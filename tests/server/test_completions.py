@@ -141,6 +141,40 @@ async def test_suffix_is_filled_in_with_the_models_tokens() -> None:
     assert engine.requests[0].prompt == "<P>def f(<S>): pass<M>"
 
 
+def marks(*names: str) -> list[str]:
+    return [f"<|{name}|>" for name in names]
+
+
+QWEN = marks("endoftext", "fim_prefix", "fim_middle", "fim_suffix", "fim_pad")
+CONTINUE = {  # of its autocompletion, with the template for Qwen's tokens
+    "model": "tiny",
+    "max_tokens": 4096,
+    "temperature": 0.01,
+    "stream": True,
+    "stop": QWEN + marks("repo_name", "file_sep", "im_start", "im_end") + ["\n\n", "\r\n\r\n", "/src/", "```"],
+}
+ZED = {  # of its edit prediction, `"prompt_format": "qwen"`
+    "model": "tiny",
+    "max_tokens": 64,
+    "temperature": None,
+    "stop": QWEN + marks("file_separator") + ["<fim_prefix>", "<fim_suffix>", "<PRE>", "<MID>", "[PREFIX]"],
+    "environment": None,
+}
+
+
+@pytest.mark.parametrize("form", [CONTINUE, ZED], ids=["Continue", "Zed"])
+async def test_what_editors_send_to_complete_at_the_cursor(form: dict[str, Any]) -> None:
+    engine = FakeEngine(Reply(["x: int", ") -> None"]))
+    prompt = "<|fim_prefix|>def f(<|fim_suffix|>: pass<|fim_middle|>"
+    answer = await ask(engine, prompt=prompt, **form)
+    chunks = answer[:-1] if form.get("stream") else [answer]
+    assert "".join(each["choices"][0]["text"] for each in chunks) == "x: int) -> None"
+    (request,) = engine.requests
+    assert request.prompt == prompt
+    assert request.stop == form["stop"]
+    assert request.max_tokens == form["max_tokens"]
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

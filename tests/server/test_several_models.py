@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
-from mixbit.engine.client import EngineState
+from mixbit.engine.client import EngineState, RequestRefused
+from mixbit.server import answer
 from mixbit.server.app import create_app
 from mixbit.server.service import Service, Services
+from mixbit.server.settings import HTTP
 from tests.checkpoints import write_checkpoint
 from tests.fakes import FakeEngine, Reply
 from tests.server.running import RunningServer, run, start, until
@@ -95,6 +98,45 @@ async def test_an_unloaded_model_takes_requests_if_they_bring_it_back() -> None:
         assert said.json()["choices"][0]["message"]["content"] == "awake"
         asleep.state, asleep.on_demand = EngineState.UNLOADED, False
         assert (await client.post(CHAT, json={"model": "coder", "messages": HELLO})).status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": HELLO}),
+        (TEXT, {"prompt": "a"}),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 4}),
+        ("/v1/responses", {"input": "a"}),
+    ],
+)
+async def test_a_stream_is_kept_alive_while_its_model_is_loaded(
+    path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer, "HTTP", replace(HTTP, keepalive_seconds=0.02))
+    refusal: list[RequestRefused] = []
+
+    class Slow(FakeEngine):
+        async def generate(self, request: Any) -> Any:
+            await asyncio.sleep(0.1)
+            if refusal:
+                raise refusal[0]
+            self.state = EngineState.READY
+            return await super().generate(request)
+
+    asleep = Slow(Reply(["awake"]), state=EngineState.UNLOADED, on_demand=True)
+    async with two(FakeEngine(), asleep) as client:
+        body |= {"model": "coder", "stream": True}
+        first = await client.post(path, json=body)
+        assert first.text.startswith(": keepalive\n\n: keepalive\n\n")
+        assert "awake" in first.text
+        assert ": keepalive" not in (await client.post(path, json=body)).text.split("awake")[0]
+        asleep.state = EngineState.UNLOADED
+        refusal.append(RequestRefused("not_ready", "it cannot be loaded"))
+        second = await client.post(path, json=body)
+        assert second.status_code == 200
+        assert "it cannot be loaded" in second.text
+        whole = await client.post(path, json={**body, "stream": False})
+        assert whole.status_code == 503
 
 
 async def test_numbers_carry_the_name_of_the_model() -> None:
