@@ -30,7 +30,7 @@ check: $(VENV)/installed-test build/types/mixbit ## ruff, mypy --strict, import 
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@MYPYPATH=build/types:. $(PY) -m mypy --cache-dir build/mypy --namespace-packages --explicit-package-bases \
-		-p mixbit.server -p mixbit.engine -p mixbit.kernels -p mixbit.configs -p tests
+		-p mixbit.server -p mixbit.engine -p mixbit.kernels -p mixbit.configs -p mixbit.models -p tests
 	@$(VENV)/bin/lint-imports --no-cache
 
 test-metal: $(VENV)/installed-test ## the Metal kernels on this Mac's GPU against the reference
@@ -134,4 +134,4 @@ build/sanitize/built: $(NATIVE) tests/native/matmul_test.cpp $(VENV)/installed-t
 
 # mypy finds packages by folder: a folder of links gives the import names.
 build/types/mixbit:
-	@mkdir -p $@ && for d in server engine kernels configs; do ln -sfn ../../../$$d $@/$$d; done
+	@mkdir -p $@ && for d in server engine kernels configs models; do ln -sfn ../../../$$d $@/$$d; done

@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bench.routing import chosen_after, chosen_for, moe_layers, router_inputs
 from mixbit.engine.demo import ensure_demo
 from mixbit.engine.loader import LoadedModel, load
+from mixbit.engine.routing import chosen_after, chosen_for, moe_layers, router_inputs
 from mixbit.engine.tokenizer import load_tokenizer
 from mixbit.kernels.executor import Batch, CacheConfig, Executor, ExecutorOptions, Precision
 from mixbit.kernels.ops import Moe

@@ -11,6 +11,7 @@ COPY server server
 COPY engine engine
 COPY kernels kernels
 COPY configs configs
+COPY models models
 RUN python3 -m venv /opt/mixbit && /opt/mixbit/bin/pip install --no-cache-dir .
 
 FROM debian:bookworm-slim

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixbit.engine.demo import ensure_demo
 from mixbit.engine.errors import UserError
+from mixbit.engine.shipped import shipped_model
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -47,7 +48,8 @@ class DownloadError(UserError):
 def resolve_model(
     reference: str, *, revision: str | None = None, progress: Progress | None = None, refresh: bool = False
 ) -> Path:
-    """The directory of a model: "demo", a directory, or a hub id `org/name`, downloaded if it is not cached.
+    """The directory of a model: "demo", a directory, the name of a model that came with Mixbit, or a hub id
+    `org/name`, downloaded if it is not cached.
 
     revision: branch, tag or commit of a hub id. refresh: ask the hub for newer files even if the model is
     cached; without it a cached model needs no network. A broken transfer is resumed; complete files are kept.
@@ -61,6 +63,8 @@ def resolve_model(
         if revision is not None:
             raise DownloadError(f"--revision {revision} is for models of the hub; {reference!r} is not one")
         return ensure_demo(report) if reference == "demo" else path
+    if (shipped := shipped_model(reference)) is not None and revision is None:
+        return shipped
     if path.is_file():
         hint = f"convert it first: mixbit convert {reference} OUT/" if path.suffix == ".gguf" else "give its directory"
         raise DownloadError(f"{reference}: a file, not a model directory; {hint}")

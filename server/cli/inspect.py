@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,14 +11,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mixbit.engine.inspection import Report
+    from mixbit.engine.routing import ExpertLoad
+
+ROUTED = 1024  # tokens
 
 _EPILOG = """examples:
   mixbit inspect demo
   mixbit inspect mlx-community/Qwen3-Coder-Next-4bit
   mixbit inspect ./my-model --json | jq '.classes[] | {role, bits}'
+  mixbit inspect ./my-model --routing main.py
 
-Only headers are read. Every width is checked against the shapes, as when
-serving. Widths that most of the model does not have stand out."""
+Only headers are read, but for --routing. Every width is checked against the
+shapes, as when serving. Widths that most of the model does not have stand out."""
 
 
 def add_parser(commands: Any) -> None:
@@ -33,6 +38,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory, hub id or `demo`")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object (sizes in bytes)")
+    parser.add_argument(
+        "--routing",
+        metavar="FILE",
+        type=Path,
+        help=f"show which experts the first {ROUTED:,} tokens of a text choose, by layer",
+    )
     parser.set_defaults(run=run)
 
 
@@ -49,11 +60,29 @@ def run(args: argparse.Namespace) -> int:
     with Steps() as steps:
         path = resolve_model(args.model, revision=args.revision, progress=steps.update)
     report = inspect_model(path)
+    load = None if args.routing is None else _expert_load(path, args.routing)
     if args.json:
-        print(json.dumps(report.as_json(), indent=2))
-    else:
-        show(report, Console(highlight=False))
+        routing = {} if load is None else {"routing": {"tokens": load.tokens, "counts": load.counts.tolist()}}
+        print(json.dumps(report.as_json() | routing, indent=2))
+        return 0
+    console = Console(highlight=False)
+    show(report, console)
+    if load is not None:
+        from mixbit.server.cli.heatmap import show_load
+
+        console.print()
+        show_load(load, console)
     return 0
+
+
+def _expert_load(path: Path, text: Path) -> ExpertLoad:
+    from mixbit.engine.errors import UserError
+    from mixbit.engine.routing import expert_load
+
+    try:
+        return expert_load(path, text.read_text(encoding="utf-8"), ROUTED)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--routing {text}: cannot be read as text: {error}") from None
 
 
 def show(report: Report, console: Console) -> None:

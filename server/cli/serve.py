@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixbit.engine import logs
 from mixbit.engine.errors import UserError
+from mixbit.engine.shipped import default_models
 from mixbit.server.cli.memory import add_memory_options, parse_size
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def add_parser(commands: Any) -> None:
         metavar="PATH_OR_HUB_ID[=NAME]",
         dest="models",
         action="append",
-        help="directory or hub id, and a further name (default: the demo model); repeatable, for several models",
+        help="directory or hub id, and a further name; repeatable, for several models (default: those that come "
+        "with Mixbit: the demo to chat with and, where it is there, tiny-coder)",
     )
     model.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     model.add_argument("--served-name", metavar="NAME", help="the model's name (default: its hub id or directory)")
@@ -238,14 +240,13 @@ def run(args: argparse.Namespace) -> int:
 
 def models_wanted(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """What --model names, each with its further names. Raises ServeError for options that fit one model alone."""
-    given = args.models or ["demo"]
-    if len(given) > 1:
-        for option in ("served_name", "alias", "chat_template", "revision"):
-            if getattr(args, option):
-                raise ServeError(
-                    f"--{option.replace('_', '-')} is for one model, and {len(given)} are asked for; "
-                    "name them with --model PATH_OR_HUB_ID=NAME"
-                )
+    for_one = [name for name in ("served_name", "alias", "chat_template", "revision") if getattr(args, name)]
+    given = args.models or (["demo"] if for_one else default_models())
+    if len(given) > 1 and for_one:
+        raise ServeError(
+            f"--{for_one[0].replace('_', '-')} is for one model, and {len(given)} are asked for; "
+            "name them with --model PATH_OR_HUB_ID=NAME"
+        )
     wanted = []
     for text in given:
         path, equals, name = text.rpartition("=")
@@ -258,7 +259,7 @@ def models_wanted(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
 
 def served_names(given: str, directory: Path, served_name: str | None, further: list[str]) -> tuple[str, ...]:
     """The hub id as given, or the directory's name, unless another is asked for; then the further ones."""
-    own = given if given != "demo" and not Path(given).exists() else directory.resolve().name
+    own = given if "/" in given and not Path(given).exists() else directory.resolve().name
     return tuple(dict.fromkeys([served_name or own, *further]))
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from bench.routing import chosen_for, moe_layers, router_inputs
 from mixbit.engine.loader import load
+from mixbit.engine.routing import chosen_for, moe_layers, router_inputs
 from mixbit.kernels.executor import Batch, CacheConfig, ExecutorOptions, Precision
 from mixbit.kernels.ops import Moe, Program
 from mixbit.kernels.registry import choose

@@ -137,6 +137,26 @@ def test_inspect_prints_a_table_that_fits(
     assert [row for row in rows if row.startswith("verdict fits")]
 
 
+def test_inspect_draws_the_load_of_experts(tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    path, text = write_checkpoint(tmp_path / "m", "qwen3_next"), tmp_path / "text.py"
+    text.write_text("the capital of the lighthouse\n" * 4)
+    assert main(["inspect", str(path), "--json", "--routing", str(text)]) == 0
+    routing = json.loads(capsys.readouterr().out)["routing"]
+    experts = len(routing["counts"][0])
+    assert main(["inspect", str(path), "--routing", str(text)]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split()[2] for line in out.splitlines() if line.startswith("layer ")]
+    assert [len(row) for row in rows] == [experts] * 4
+    dead = [(layer, e) for layer, row in enumerate(routing["counts"]) for e, count in enumerate(row) if not count]
+    assert [(layer, e) for layer, row in enumerate(rows) for e, sign in enumerate(row) if sign == "x"] == dead
+    for layer, expert in dead:
+        assert f"layer {layer} expert {expert}" in out
+    assert ("No dead experts" in out) == (not dead)
+    assert main(["inspect", str(path), "--routing", str(tmp_path / "none.txt")]) == 1
+    assert "none.txt: cannot be read" in capsys.readouterr().err
+
+
 def test_inspect_json_is_all_of_stdout(tmp_path: Path, capsys: Output) -> None:
     path = write_checkpoint(tmp_path / "model", "qwen3_5")
     assert main(["inspect", str(path), "--json"]) == 0

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 
+from mixbit.engine import shipped
+from mixbit.engine.download import resolve_model
 from mixbit.server.cli import serve
 from mixbit.server.settings import LOOPBACK_HOSTS
+from tests.checkpoints import write_checkpoint
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -89,9 +93,30 @@ def test_names(tmp_path: Path) -> None:
 def test_models_wanted(tmp_path: Path) -> None:
     odd = tmp_path / "a=b"
     odd.mkdir()
-    assert serve.models_wanted(parse()) == [("demo", [])]
+    assert serve.models_wanted(parse())[0] == ("demo", [])
     assert serve.models_wanted(parse("--model", "x", "--alias", "y")) == [("x", ["y"])]
     assert serve.models_wanted(parse("--model", "x=y", "--model", str(odd))) == [("x", ["y"]), (str(odd), [])]
+
+
+def test_what_ships_is_served_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "find_spec", lambda name: ModuleSpec(name, None, is_package=True))
+    assert serve.models_wanted(parse()) == [("demo", [])]
+    spec = ModuleSpec("mixbit.models", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(shipped, "find_spec", lambda name: spec)
+    assert serve.models_wanted(parse()) == [("demo", [])]
+    coder = write_checkpoint(tmp_path / "tiny-coder", "qwen3_next")
+    assert serve.models_wanted(parse()) == [("demo", []), ("tiny-coder", ["autocomplete"])]
+    assert serve.models_wanted(parse("--alias", "x")) == [("demo", ["x"])]
+    assert resolve_model("tiny-coder") == coder
+    assert serve.served_names("tiny-coder", coder, None, []) == ("tiny-coder",)
+
+
+def test_no_package_of_models_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "find_spec", lambda name: None)
+    assert shipped.default_models() == ["demo"]
+    assert shipped.shipped_model("tiny-coder") is None
+    assert shipped.shipped_model("../tiny-coder") is None
 
 
 @pytest.mark.parametrize(

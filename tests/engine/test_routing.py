@@ -1,4 +1,4 @@
-"""The probes of bench/routing.py show the experts that the reference routes to."""
+"""The probes of engine/routing.py show the experts that the reference routes to; loads are sums of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.routing import chosen_after, chosen_for, moe_layers, router_inputs
+from mixbit.engine.errors import UserError
 from mixbit.engine.loader import load
+from mixbit.engine.routing import chosen_after, chosen_for, expert_load, moe_layers, router_inputs
 from mixbit.kernels.executor import ExecutorOptions
 from mixbit.kernels.ops import Moe
 from mixbit.kernels.reference.moe import route
@@ -46,3 +47,23 @@ def test_more_experts_than_values_are_refused() -> None:
     tensors = Tensors(2)
     with pytest.raises(ValueError, match="40 experts cannot be told apart in outputs of 32 values"):
         chosen_for(tensors.moe(32, 32, experts=40), tensors.values(2, 32), OPTIONS)
+
+
+def test_the_load_is_the_sum_over_tokens(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "m", "qwen3_next")
+    load_of = expert_load(path, "the capital of the lighthouse", 300)
+    spec = next(node.spec for node in load(path).program.nodes if isinstance(node, Moe))
+    assert load_of.counts.shape == (4, spec.router.out_dim)
+    assert (load_of.counts.sum(1) == load_of.tokens * spec.top_k).all()
+    np.testing.assert_allclose(load_of.shares.mean(1), 1, rtol=1e-5)
+    assert expert_load(path, "the capital of the lighthouse", 3).tokens == 3
+    for layer, expert in load_of.dead:
+        assert load_of.counts[layer, expert] == 0
+    assert len(load_of.dead) == (load_of.counts == 0).sum()
+
+
+def test_a_dense_model_and_an_empty_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="without experts"):
+        expert_load(write_checkpoint(tmp_path / "dense", "llama"), "the", 10)
+    with pytest.raises(UserError, match="no tokens"):
+        expert_load(write_checkpoint(tmp_path / "m", "qwen3_next"), "", 10)

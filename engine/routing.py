@@ -6,11 +6,16 @@ values that are not zero are the experts that were chosen, by the very operation
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mixbit.engine.errors import UserError
+from mixbit.engine.loader import load
+from mixbit.engine.tokenizer import load_tokenizer
 from mixbit.kernels.executor import Batch, CacheConfig, ExecutorOptions
 from mixbit.kernels.ops import Embed, MlpSpec, Moe, MoeSpec, Program, Rows, SelectRows, Value
 from mixbit.kernels.registry import choose
@@ -21,6 +26,44 @@ Chosen = npt.NDArray[np.bool_]  # [tokens, experts]
 
 _INNER, _BITS, _GROUP = 32, 4, 32
 _BLOCK = 32
+_CHUNK = 256  # tokens of a step
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertLoad:
+    """How often each expert was chosen. counts: [layers with experts, experts]; tokens: that were routed."""
+
+    counts: npt.NDArray[np.int64]
+    tokens: int
+
+    @property
+    def shares(self) -> Floats:
+        """Of the mean load of the layer's experts: 1 if all are used equally, 0 for a dead expert."""
+        shares: Floats = (self.counts / self.counts.mean(1, keepdims=True)).astype(np.float32)
+        return shares
+
+    @property
+    def dead(self) -> list[tuple[int, int]]:
+        """(layer with experts, expert) of those that no token chose."""
+        return [(int(layer), int(expert)) for layer, expert in np.argwhere(self.counts == 0)]
+
+
+def expert_load(model: Path, text: str, most: int) -> ExpertLoad:
+    """Route the first `most` tokens of a text (fewer if the context is shorter), in the exact precision on the CPU.
+
+    Every layer is a run of its own up to there. Raises UserError if the model has no experts, or the text no tokens.
+    """
+    loaded = load(model)
+    places = moe_layers(loaded.program)
+    if not places:
+        raise UserError(f"{model}: a {loaded.model_type} model without experts has no routing to show")
+    ids = load_tokenizer(model).encode(text, add_special_tokens=False)[: min(most, loaded.context_length)]
+    if not ids:
+        raise UserError("the text to be routed has no tokens")
+    options = ExecutorOptions(max_tokens=_CHUNK)
+    tokens = np.array(ids, np.int32)
+    counts = [chosen_after(loaded.program, place, tokens, options).sum(0) for place in places]
+    return ExpertLoad(np.array(counts, np.int64), len(ids))
 
 
 def moe_layers(program: Program) -> list[int]:

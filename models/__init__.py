@@ -1,0 +1,1 @@
+"""Checkpoints that ship with Mixbit, each in a directory of its name. See mixbit.engine.shipped."""
