@@ -3,8 +3,10 @@
     python training/data.py fetch WORK/      download a wheel of every package in candidates.txt and held_out.txt
     python training/data.py build WORK/      filter and deduplicate; writes WORK/train.jsonl, WORK/held_out.jsonl
                                              and the data card, training/DATA.md
+    python training/data.py pack WORK/       WORK/train.jsonl as WORK/train-00.jsonl.xz, ... of at most 48 MB each
 
-Wheels come from the package index that pip is set up for. Nothing fetched is kept in the repository; the data card is.
+Wheels come from the package index that pip is set up for, the standard library from the Python that runs this. Nothing
+fetched is kept in the repository; the data card is.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import ast
 import email
 import hashlib
 import json
+import lzma
+import platform
 import re
 import subprocess
 import sys
+import sysconfig
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -62,7 +67,8 @@ _GENERATED = re.compile(
     re.IGNORECASE,
 )
 MOST_BYTES = 150_000  # of a file
-MOST_OF_PACKAGE = 4_000_000  # bytes, so that no package sets the tone
+MOST_OF_PACKAGE = 3_000_000  # bytes, so that no package sets the tone
+PART = 48_000_000  # bytes of a packed part
 
 
 def wanted(path: str, text: str) -> bool:
@@ -75,9 +81,12 @@ def wanted(path: str, text: str) -> bool:
     lines = text.splitlines()
     if max(map(len, lines)) > 400 or size / len(lines) > 70:  # tables and data
         return False
-    digits = sum(c.isdigit() for c in text)
-    if digits > 0.12 * len(text) or (not text.isascii() and sum(not c.isascii() for c in text) > 0.02 * len(text)):
-        return False
+    digits = sum(map(text.count, "0123456789"))
+    return digits <= 0.12 * len(text) and (text.isascii() or sum(not c.isascii() for c in text) <= 0.02 * len(text))
+
+
+def parses(text: str) -> bool:
+    """Whether this Python takes it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -175,9 +184,24 @@ def fetch(work: Path) -> None:
                 print(f"{split} {i}/{len(todo)} {said}", flush=True)
 
 
-def packages(where: Path) -> Iterator[Package]:
-    """The allowed packages of a folder of wheels, in order of name."""
-    for path in sorted(where.glob("*.whl"), key=lambda p: p.name.lower()):
+def standard_library() -> Package:
+    """The standard library of the running Python, without its tests' data, site-packages and lib2to3."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = ((str(path.relative_to(root)), path) for path in sorted(root.rglob("*.py")))
+    files = [
+        (name, text)
+        for name, path in paths
+        if not name.startswith(("site-packages", "dist-packages", "test/"))
+        and wanted(name, text := path.read_text("utf-8", "replace"))
+    ]
+    return Package("Python (standard library)", platform.python_version(), "PSF", tuple(files))
+
+
+def packages(work: Path, split: str) -> Iterator[Package]:
+    """The allowed packages of WORK/candidates or WORK/held_out, in order of name; to train on, Python itself first."""
+    if split == "candidates":
+        yield standard_library()
+    for path in sorted((work / split).glob("*.whl"), key=lambda p: p.name.lower()):
         package = read_wheel(path)
         print(f"{path.name}: {f'{package.licence}, {len(package.files)} files' if package else 'left out'}", flush=True)
         if package:
@@ -190,17 +214,37 @@ def build(work: Path) -> None:
     for split in ("held_out", "candidates"):
         target = work / ("held_out.jsonl" if split == "held_out" else "train.jsonl")
         with target.open("w") as out:
-            for package in packages(work / split):
+            for package in packages(work, split):
                 texts = [(path, text) for path, text in package.files if not duplicates.seen(text)]
                 size = count = 0
                 for path, text in sorted(texts, key=lambda each: _shuffled(each[0])):
-                    if size + len(text.encode()) > MOST_OF_PACKAGE:
+                    if size + len(text.encode()) > MOST_OF_PACKAGE or not parses(text):
                         continue
                     out.write(json.dumps({"package": package.name, "path": path, "text": text}) + "\n")
                     size, count = size + len(text.encode()), count + 1
                 if count:
                     rows.append((split == "held_out", package, count, size))
     write_card(rows)
+
+
+def pack(work: Path) -> None:
+    """Write the training split as parts that can each be sent by themselves."""
+    for old in work.glob("train-*.jsonl.xz"):
+        old.unlink()
+    with (work / "train.jsonl").open("rb") as lines:
+        line = next(lines, b"")
+        number = 0
+        while line:
+            target = work / f"train-{number:02}.jsonl.xz"
+            coder, size = lzma.LZMACompressor(), 0
+            with target.open("wb") as out:
+                # What the coder holds back is less than 2 MB.
+                while line and size < PART - 2_000_000:
+                    size += out.write(coder.compress(line))
+                    line = next(lines, b"")
+                out.write(coder.flush())
+            print(f"{target.name}: {target.stat().st_size / 1e6:.1f} MB", flush=True)
+            number += 1
 
 
 def _shuffled(path: str) -> bytes:
@@ -216,7 +260,7 @@ def write_card(rows: list[tuple[bool, Package, int, int]]) -> None:
         "Python source of the packages below, as published on the Python Package Index, in the versions and under",
         "the licences that their own metadata names (MIT, BSD, Apache 2.0 or PSF; packages that name another licence",
         "are left out). Generated, vendored, very long, number-heavy and unparsable files are left out, as is a file",
-        "of which over half was seen before. Of a package at most 4 MB are taken. The data itself is not in the",
+        "of which over half was seen before. Of a package at most 3 MB are taken. The data itself is not in the",
         "repository: `python training/data.py` fetches it again.",
         "",
         f"Trained on: {sum(not r[0] for r in rows)} packages, {total[False] / 1e6:.1f} MB. "
@@ -235,10 +279,10 @@ def write_card(rows: list[tuple[bool, Package, int, int]]) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("fetch", "build"))
+    parser.add_argument("command", choices=("fetch", "build", "pack"))
     parser.add_argument("work", type=Path)
     args = parser.parse_args()
-    (fetch if args.command == "fetch" else build)(args.work)
+    {"fetch": fetch, "build": build, "pack": pack}[args.command](args.work)
 
 
 if __name__ == "__main__":

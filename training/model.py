@@ -1,7 +1,7 @@
 """tiny-coder in PyTorch: the Qwen3-Next architecture at a small size, under the tensor names of an MLX checkpoint.
 
-The delta rule and the experts have a fast form on NVIDIA GPUs (flash-linear-attention, grouped matrix products) and a
-plain form elsewhere; both compute the same.
+Parameters are float32; activations have the dtype of the residual stream, `stream`: bfloat16 on GPUs. The same code
+runs on CPUs. Where float32 matters (norms, router, delta rule, loss) it is said here, not left to autocast.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from delta import chunked_delta_rule
+from experts import Combine, Dispatch, group, grouped
+from head import CHUNK, ChunkedLoss, part
 from torch import Tensor, nn
 
 
@@ -66,12 +69,20 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape [..., size]."""
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
 
-def linear(size: int, out: int) -> nn.Linear:
-    """A matrix without a bias."""
-    return nn.Linear(size, out, bias=False)
+class Matrix(nn.Module):
+    """A matrix without a bias, in the dtype of its input."""
+
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out, size).uniform_(-(size**-0.5), size**-0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., size] -> [..., out]."""
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -80,10 +91,10 @@ class Attention(nn.Module):
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.c = c
-        self.q_proj = linear(c.hidden_size, 2 * c.num_attention_heads * c.head_dim)
-        self.k_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.v_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.o_proj = linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+        self.q_proj = Matrix(c.hidden_size, 2 * c.num_attention_heads * c.head_dim)
+        self.k_proj = Matrix(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = Matrix(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = Matrix(c.num_attention_heads * c.head_dim, c.hidden_size)
         self.q_norm = RmsNorm(c.head_dim, c.rms_norm_eps)
         self.k_norm = RmsNorm(c.head_dim, c.rms_norm_eps)
 
@@ -108,32 +119,6 @@ class Attention(nn.Module):
         return self.o_proj(out)
 
 
-def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-    """Gated delta rule by tokens. q, k: [batch, tokens, heads, key_dim], v: [..., value_dim], g, beta: [..., heads]
-
-    S' = exp(g) S; S = S' + beta k (v - S'^T k)^T; out = S^T q / sqrt(key_dim); q and k of unit length.
-    """
-    q, k, v = (x.float() for x in (q, k, v))
-    q = q * torch.rsqrt(q.square().sum(-1, keepdim=True) + 1e-6) / math.sqrt(q.shape[-1])
-    k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + 1e-6)
-    state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    outs = []
-    for t in range(q.shape[1]):
-        state = state * g[:, t].exp()[..., None, None]
-        delta = (v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])) * beta[:, t, :, None]
-        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], delta)
-        outs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
-    return torch.stack(outs, 1)
-
-
-@torch.compiler.disable
-def fast_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-    """As delta_rule, in chunks on a GPU."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    return chunk_gated_delta_rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
-
-
 class GatedDelta(nn.Module):
     """Gated delta net with a short convolution over q, k and v."""
 
@@ -143,14 +128,14 @@ class GatedDelta(nn.Module):
         self.keys = c.linear_num_key_heads * c.linear_key_head_dim
         self.values = c.linear_num_value_heads * c.linear_value_head_dim
         channels = 2 * self.keys + self.values
-        self.in_proj_qkvz = linear(c.hidden_size, channels + self.values)
-        self.in_proj_ba = linear(c.hidden_size, 2 * c.linear_num_value_heads)
+        self.in_proj_qkvz = Matrix(c.hidden_size, channels + self.values)
+        self.in_proj_ba = Matrix(c.hidden_size, 2 * c.linear_num_value_heads)
         self.conv1d = nn.Parameter(torch.randn(channels, c.linear_conv_kernel_dim) / c.linear_conv_kernel_dim**0.5)
         self.A_log = nn.Parameter(torch.empty(c.linear_num_value_heads).uniform_(1, 16).log())
         step = torch.empty(c.linear_num_value_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
         self.norm = RmsNorm(c.linear_value_head_dim, c.rms_norm_eps)
-        self.out_proj = linear(self.values, c.hidden_size)
+        self.out_proj = Matrix(self.values, c.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, tokens, hidden]."""
@@ -158,21 +143,22 @@ class GatedDelta(nn.Module):
         c = self.c
         heads, ratio = c.linear_num_key_heads, c.linear_num_value_heads // c.linear_num_key_heads
         width = ratio * c.linear_value_head_dim
-        # Rows of a key head lie together: q, k, then v and z of its value heads.
-        qkvz = self.in_proj_qkvz(x).view(batch, tokens, heads, -1)
-        q, k, v, z = qkvz.split([c.linear_key_head_dim, c.linear_key_head_dim, width, width], -1)
-        b, a = self.in_proj_ba(x).view(batch, tokens, heads, 2 * ratio).chunk(2, -1)
-        mixed = torch.cat([part.reshape(batch, tokens, -1) for part in (q, k, v)], -1)
+        # Rows of a key head lie together: q, k, then v and z of its value heads; and b, then a. Rows are sorted in the
+        # weights, which are smaller than what comes of them.
+        rows = self.in_proj_qkvz.weight.view(heads, -1, c.hidden_size)
+        *qkv, z = (part.flatten(0, 1) for part in rows.split([c.linear_key_head_dim] * 2 + [width] * 2, 1))
+        mixed = F.linear(x, torch.cat(qkv).to(x.dtype))
+        z = F.linear(x, z.to(x.dtype))
+        b, a = (part.flatten(0, 1) for part in self.in_proj_ba.weight.view(heads, -1, c.hidden_size).chunk(2, 1))
+        b, a = (F.linear(x, part.to(x.dtype)).float() for part in (b, a))
         taps = c.linear_conv_kernel_dim
         padded = F.pad(mixed, (0, 0, taps - 1, 0))
         mixed = F.silu(sum(padded[:, i : i + tokens] * self.conv1d[:, i].to(x.dtype) for i in range(taps)))
         q, k, v = mixed.split([self.keys, self.keys, self.values], -1)
-        q = q.view(batch, tokens, heads, -1).repeat_interleave(ratio, 2)
-        k = k.view(batch, tokens, heads, -1).repeat_interleave(ratio, 2)
+        q, k = q.view(batch, tokens, heads, -1), k.view(batch, tokens, heads, -1)
         v = v.view(batch, tokens, c.linear_num_value_heads, -1)
-        beta = b.reshape(batch, tokens, -1).float().sigmoid()
-        g = -self.A_log.float().exp() * F.softplus(a.reshape(batch, tokens, -1).float() + self.dt_bias.float())
-        out = (fast_delta_rule if x.is_cuda else delta_rule)(q, k, v, g, beta.to(q.dtype)).to(x.dtype)
+        beta, g = b.sigmoid(), -self.A_log.exp() * F.softplus(a + self.dt_bias)
+        out = chunked_delta_rule(q, k, v, g, beta).to(x.dtype)
         out = self.norm(out) * F.silu(z.reshape(out.shape))
         return self.out_proj(out.reshape(batch, tokens, -1))
 
@@ -182,56 +168,44 @@ class Mlp(nn.Module):
 
     def __init__(self, size: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = linear(size, inner), linear(size, inner), linear(inner, size)
+        self.gate_proj, self.up_proj, self.down_proj = Matrix(size, inner), Matrix(size, inner), Matrix(inner, size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape [..., size]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows of x, sorted by expert, times their expert's matrix. weight: [experts, out, in]; ends: int32 [experts]."""
-    if x.is_cuda:
-        return torch._grouped_mm(x, weight.to(x.dtype).transpose(1, 2), ends)
-    starts = [0, *ends.tolist()]
-    return torch.cat([x[a:b] @ w.to(x.dtype).T for a, b, w in zip(starts, starts[1:], weight, strict=False)])
-
-
 class Experts(nn.Module):
-    """Router, experts and the shared expert. After a step `balance` and `spread` are the router's losses."""
+    """Router, experts and the shared expert."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.c = c
-        self.gate = linear(c.hidden_size, c.num_experts)
+        self.gate = Matrix(c.hidden_size, c.num_experts)
         shape, scale = (c.num_experts, c.moe_intermediate_size, c.hidden_size), c.hidden_size**-0.5
         self.gate_proj = nn.Parameter(torch.randn(shape) * scale)
         self.up_proj = nn.Parameter(torch.randn(shape) * scale)
         self.down_proj = nn.Parameter(torch.randn(shape[0], shape[2], shape[1]) * shape[1] ** -0.5)
         self.shared_expert = Mlp(c.hidden_size, c.shared_expert_intermediate_size)
-        self.shared_expert_gate = linear(c.hidden_size, 1)
+        self.shared_expert_gate = Matrix(c.hidden_size, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: [batch, tokens, hidden] -> output, router loss, tokens by expert [experts]."""
         c, flat = self.c, x.reshape(-1, x.shape[-1])
-        logits = self.gate(flat).float()
+        logits = self.gate(flat.float())
         scores = logits.softmax(-1)
         weights, chosen = scores.topk(c.num_experts_per_tok, -1)
         weights = weights / weights.sum(-1, keepdim=True)
-        order = chosen.flatten().argsort(stable=True)
-        counts = torch.zeros(c.num_experts, dtype=torch.int32, device=x.device)
-        counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten(), dtype=torch.int32))
-        ends = counts.cumsum(0, dtype=torch.int32)
-        rows = flat[order // c.num_experts_per_tok]
-        hidden = F.silu(_grouped(rows, self.gate_proj, ends)) * _grouped(rows, self.up_proj, ends)
-        out = _grouped(hidden, self.down_proj, ends) * weights.flatten()[order, None].to(x.dtype)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        out = out[back].view(len(flat), c.num_experts_per_tok, -1).sum(1)
+        groups = group(chosen, c.num_experts)
+        rows = Dispatch.apply(flat, groups.source, groups.place)
+        gate, up = grouped(rows, torch.cat([self.gate_proj, self.up_proj], 1), groups.ends).chunk(2, -1)
+        out = Combine.apply(grouped(F.silu(gate) * up, self.down_proj, groups.ends), groups.place)
+        out = (out.view(*chosen.shape, -1) * weights[..., None].to(x.dtype)).sum(1)
         out = out + self.shared_expert_gate(flat).sigmoid() * self.shared_expert(flat)
-        share = counts.float() / counts.sum()
+        share = groups.counts / chosen.numel()
         balance = c.num_experts * (share * scores.mean(0)).sum()  # Switch Transformer's loss: 1 when even
         spread = logits.logsumexp(-1).square().mean()
-        return out.view_as(x), 0.01 * balance + 0.001 * spread, counts
+        return out.view_as(x), 0.01 * balance + 0.001 * spread, groups.counts
 
 
 class Layer(nn.Module):
@@ -255,34 +229,41 @@ class Layer(nn.Module):
 
 
 class TinyCoder(nn.Module):
-    """The language model; the head is the embedding."""
+    """The language model; the head is the embedding. stream: dtype of the activations."""
 
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: Config, stream: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.c = c
+        self.c, self.stream = c, stream
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_hidden_layers))
         self.norm = RmsNorm(c.hidden_size, c.rms_norm_eps)
+        self._loss_part = part
         nn.init.normal_(self.embed_tokens.weight, std=c.hidden_size**-0.5)
         for name, p in self.named_parameters():  # residual branches start small
             if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj", "down_proj.weight")):
                 p.data *= (2 * c.num_hidden_layers) ** -0.5
 
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Compile the layers, one whole graph for each kind, and the loss."""
+        for layer in self.layers:
+            layer.compile(dynamic=False, fullgraph=True, backend=backend)
+        self._loss_part = torch.compile(part, fullgraph=True, backend=backend)
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """tokens: int [batch, tokens] -> logits, or the mean loss in nats where targets (-1: ignored) are given; the
         router loss; tokens by layer and expert."""
-        x = self.embed_tokens(tokens)
-        if x.is_cuda:
-            x = x.bfloat16()  # the residual stream; autocast casts the matrices
+        x = self.embed_tokens(tokens).to(self.stream)
         losses, counts = [], []
         for layer in self.layers:
             x, loss, count = layer(x)
             losses.append(loss)
             counts.append(count)
-        logits = F.linear(self.norm(x), self.embed_tokens.weight)
-        if targets is not None:
-            logits = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return logits, torch.stack(losses).mean(), torch.stack(counts)
+        x, weight = self.norm(x), self.embed_tokens.weight
+        if targets is None:
+            result = F.linear(x, weight.to(x.dtype))
+        else:
+            result = ChunkedLoss.apply(x.flatten(0, 1), weight, targets.flatten(), CHUNK, self._loss_part)
+        return result, torch.stack(losses).mean(), torch.stack(counts)
 
     def checkpoint(self) -> dict[str, Tensor]:
         """The tensors under the names and in the shapes of an MLX checkpoint, bfloat16 (decay rates in float32)."""

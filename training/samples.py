@@ -1,17 +1,21 @@
-"""Samples for training: documents cut into pieces, half of them turned into fill-in-the-middle, as token ids."""
+"""Samples for training: documents cut into pieces, half of them turned into fill-in-the-middle, as token ids.
+
+    python training/samples.py WORK/ PASS    writes WORK/tokens-PASS.u16 from WORK/train*.jsonl(.xz)
+
+Every pass has an order and holes of its own, which depend on its number alone.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import lzma
 import random
+import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 END, PREFIX, MIDDLE, SUFFIX = "<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"
@@ -97,24 +101,36 @@ def arrange(text: str, rng: random.Random) -> str:
     return f"{PREFIX}{text[:start]}{SUFFIX}{text[end:]}{MIDDLE}{text[start:end]}"
 
 
-def encode(tokenizer: str, texts: list[str], seed: int) -> npt.NDArray[np.uint16]:
-    """All pieces of the texts, arranged, each ended by END, one after another."""
-    coder, rng = Tokenizer.from_str(tokenizer), random.Random(seed)
-    arranged = [arrange(piece, rng) for text in texts for piece in pieces(text) if piece.strip()]
-    rng.shuffle(arranged)
-    end = coder.token_to_id(END)
-    return np.array([i for one in coder.encode_batch(arranged) for i in (*one.ids, end)], np.uint16)
+def write_pass(work: Path, number: int) -> Path:
+    """One pass over the training texts as a file of uint16, each piece ended by END. Kept if it is there already."""
+    target = work / f"tokens-{number}.u16"
+    if target.exists():
+        return target
+    started, rng = time.monotonic(), random.Random(number)
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    end = tokenizer.token_to_id(END)
+    files = sorted(work.glob("train-*.jsonl.xz")) or [work / "train.jsonl"]
+    made = [piece for file in files for text in read_texts(file) for piece in pieces(text) if piece.strip()]
+    rng.shuffle(made)
+    count, unfinished = 0, target.with_suffix(".unfinished")
+    with unfinished.open("wb") as out:
+        for at in range(0, len(made), 4096):  # on all cores
+            encoded = tokenizer.encode_batch_fast([arrange(piece, rng) for piece in made[at : at + 4096]])
+            ids = np.fromiter((i for one in encoded for i in (*one.ids, end)), np.uint16)
+            count += out.write(ids.tobytes()) // 2
+    unfinished.rename(target)
+    print(f"pass {number}: {count / 1e6:.1f} M tokens in {time.monotonic() - started:.0f} s", flush=True)
+    return target
 
 
-def write_epoch(tokenizer: Tokenizer, texts: list[str], seed: int, target: Path, workers: int) -> int:
-    """One pass over the texts as a file of uint16; returns how many tokens."""
-    order = list(range(len(texts)))
-    random.Random(seed).shuffle(order)
-    parts = [[texts[i] for i in order[w :: workers * 8]] for w in range(workers * 8)]
-    count = 0
-    with ProcessPoolExecutor(workers) as pool, target.open("wb") as out:
-        seeds = [seed * 10_000 + i for i in range(len(parts))]
-        for ids in pool.map(partial(encode, tokenizer.to_str()), parts, seeds):
-            out.write(ids.tobytes())
-            count += len(ids)
-    return count
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("number", type=int, metavar="PASS")
+    args = parser.parse_args()
+    write_pass(args.work, args.number)
+
+
+if __name__ == "__main__":
+    main()
