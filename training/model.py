@@ -157,7 +157,8 @@ class GatedDelta(nn.Module):
         q, k, v = mixed.split([self.keys, self.keys, self.values], -1)
         q, k = q.view(batch, tokens, heads, -1), k.view(batch, tokens, heads, -1)
         v = v.view(batch, tokens, c.linear_num_value_heads, -1)
-        beta, g = b.sigmoid(), -self.A_log.exp() * F.softplus(a + self.dt_bias)
+        beta, step = b.sigmoid(), a + self.dt_bias
+        g = -self.A_log.exp() * torch.logaddexp(step, torch.zeros_like(step))  # softplus
         out = chunked_delta_rule(q, k, v, g, beta).to(x.dtype)
         out = self.norm(out) * F.silu(z.reshape(out.shape))
         return self.out_proj(out.reshape(batch, tokens, -1))

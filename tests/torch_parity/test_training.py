@@ -72,7 +72,7 @@ def test_every_parameter_learns() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of torch's own tracing
 def test_compiled_layers_are_whole_graphs_and_compute_the_same() -> None:
-    """Traced as for a GPU, forward; a backend that generates no code stands for the compiler."""
+    """Traced forward and backward as for a GPU; a backend that generates no code stands for the compiler."""
     from model import TinyCoder
 
     results = []
@@ -81,9 +81,13 @@ def test_compiled_layers_are_whole_graphs_and_compute_the_same() -> None:
         model = TinyCoder(tiny(), torch.bfloat16)
         if compiled:
             model.compile_parts(backend="aot_eager")
-        with torch.no_grad():
-            results.append(model(torch.randint(0, 300, (2, 128)))[0].float())
-    assert (results[1] - results[0]).norm() < 0.03 * results[0].norm()  # bfloat16
+        tokens = torch.randint(0, 300, (2, 128))
+        loss, router, _ = model(tokens, tokens.roll(-1, 1))
+        (loss + router).backward()
+        results.append({"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()})
+    plain, traced = results
+    for name, value in plain.items():
+        assert (traced[name] - value).norm() < 0.05 * value.norm() + 1e-6, name  # bfloat16
 
 
 def test_fast_forms_have_the_gradients_of_the_plain_ones() -> None:
