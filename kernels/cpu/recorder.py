@@ -29,8 +29,7 @@ def record(program: ops.Program, native: _cpu.Program, files: Mapping[Path, int]
 
     files: numbers of the files that experts are streamed from; those of others stay where they are.
     """
-    feed_forwards = [node for node in program.nodes if isinstance(node, ops.Mlp | ops.Moe)]
-    recorder = _Recorder(native, feed_forwards[-1] if feed_forwards else None, files)
+    recorder = _Recorder(native, files)
     for value in program.values:
         native.value(value.dim, value.rows is ops.Rows.SELECTED)
     for node in program.nodes:
@@ -40,10 +39,9 @@ def record(program: ops.Program, native: _cpu.Program, files: Mapping[Path, int]
 
 
 class _Recorder:
-    def __init__(self, native: _cpu.Program, last: ops.Mlp | ops.Moe | None, files: Mapping[Path, int]) -> None:
+    def __init__(self, native: _cpu.Program, files: Mapping[Path, int]) -> None:
         self.native = native
         self.files = files
-        self.last = last  # feed-forward
         self.weights: dict[Matrix, _cpu.Weight] = {}
         self._ropes: dict[ops.Rope, int] = {}
 
@@ -62,7 +60,7 @@ class _Recorder:
                 parts = [(self._weight(s.matrix), None if s.bias is None else _floats(s.bias)) for s in specs]
                 native.batch_matvec(x.index, parts, [out.index for out in outs])
             case ops.Mlp(x, spec, out):
-                native.mlp(x.index, self._mlp(spec), out.index, last=node is self.last)
+                native.mlp(x.index, self._mlp(spec), out.index)
             case ops.Moe():
                 self._moe(node)
             case ops.Attention():
@@ -82,7 +80,6 @@ class _Recorder:
             shared_gate=None if spec.shared_gate is None else self._weight(spec.shared_gate),
             stored=self._stored(node),
             out=node.out.index,
-            last=node is self.last,
         )
 
     def _stored(self, node: ops.Moe) -> list[tuple[int, int, int]] | None:

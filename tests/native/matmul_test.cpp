@@ -114,15 +114,24 @@ std::vector<double> rounded(const std::vector<float>& x, int group_size, std::ve
   return out;
 }
 
-// What the kernels of `m` take x for.
+// What the kernels of `m` take x for: groups whose peak, squared, is more than `spread` times the row's mean are rounded
+// twice.
 std::vector<double> taken_for(const std::vector<float>& x, const Matrix& m) {
   if (!m.takes_int8()) return {x.begin(), x.end()};
-  std::vector<float> rest;
+  const float spread = m.precision == Precision::fine ? 0.0f : 1.2f;
+  const auto size = static_cast<std::size_t>(m.group_size), groups = x.size() / size;
+  std::vector<float> squares(groups), rest, none;
+  float total = 0;
+  for (std::size_t i = 0; i < x.size(); ++i) squares[i / size] = std::max(squares[i / size], std::fabs(x[i]));
+  for (float& peak : squares) {
+    peak *= peak;
+    const volatile float sum = total + peak;  // one after another, as the kernels add them
+    total = sum;
+  }
   std::vector<double> out = rounded(x, m.group_size, rest);
-  if (m.precision != Precision::fine) return out;
-  const std::vector<float> first = rest;
-  const std::vector<double> more = rounded(first, m.group_size, rest);
-  for (std::size_t i = 0; i < out.size(); ++i) out[i] += more[i];
+  const std::vector<double> more = rounded(rest, m.group_size, none);
+  for (std::size_t i = 0; i < out.size(); ++i)
+    if (squares[i / size] > spread * (total / static_cast<float>(groups))) out[i] += more[i];
   return out;
 }
 

@@ -3,7 +3,8 @@
 //
 // Activations become x = factor * code, codes in [-127, 127], one factor for each group of columns, so that
 //   sum((s * q + b) * x) = s * (factor * sum(q * code)) + b * (factor * sum(code))   for each group,
-// with both sums exact in int32.
+// with both sums exact in int32. The error of a group grows with its peak, and few groups have large ones: what the
+// rounding leaves of those is rounded again, and is a second factor and code (the group's `rest`).
 #pragma once
 
 #include <cstddef>
@@ -13,7 +14,8 @@
 
 namespace mixbit {
 
-// A row of activations is codes, then factors and sums of the groups, as laid out by Int8Layout.
+// A row of activations is codes, then factors and sums of the groups, then codes and factors of the rests, zero where
+// there are none, then a mask of the groups that have one, in words of 64.
 struct Int8Args {
   const std::byte* weight;
   const std::byte* scales;
@@ -25,9 +27,12 @@ struct Int8Args {
   std::int64_t row_bytes;
 
   const std::byte* x;
-  std::int64_t x_stride;  // bytes, as the two offsets
+  std::int64_t x_stride;  // bytes, as the offsets
   std::int64_t factors;
-  std::int64_t sums;
+  std::int64_t sums;  // of both codes, each times its factor
+  std::int64_t rest;
+  std::int64_t rest_factors;
+  std::int64_t mask;
   const std::int32_t* index;  // null: rows of x in order
   std::int64_t count;
 
@@ -37,16 +42,20 @@ struct Int8Args {
   std::int64_t y_stride;
 };
 
-// One row to be quantized. Groups beyond the last get zeros, up to a multiple of 16 groups and of 128 codes.
+// One row to be quantized. Groups beyond the last get zeros, up to a multiple of 16 groups and of 128 codes. A group has
+// a rest if the square of its peak is more than `spread` times the mean over the row's groups.
 struct QuantizeArgs {
   const float* x;
   std::int64_t cols;
   std::int64_t group_size;
   bool interleaved;  // codes of each 32 columns: even columns, then odd ones
+  float spread;
   std::byte* codes;
   float* factors;
-  float* sums;  // factor * sum of the group's codes
-  float* rest;  // what the rounding leaves of x; null: not wanted
+  float* sums;
+  std::byte* rest;
+  float* rest_factors;
+  std::uint64_t* mask;
 };
 
 struct Int8Kernels {

@@ -33,7 +33,7 @@ constexpr Fields fields_at = fields(width, low, high);
 
 struct V {
   static constexpr int lanes = 2, tokens = 4;  // 4 sums of groups, 4 of lanes, 4 in all, of 16 registers
-  static constexpr bool splits_wide = true;    // products of 8 bits do not fit in the 16 bits of a pair's sum
+  static constexpr bool narrow_sums = true;    // pairs of products are added in 16 bits
   static constexpr bool masks = false;
   template <int>
   static constexpr float offset = 0;
@@ -116,15 +116,34 @@ struct V {
     }
   }
 
-  // Four products of 6 bits and 7 fit in 16 bits; wider codes go as halves of 4.
+  // A step adds four products of a code and 7 bits to each 16: 16 products of 4 bits fit, 8 of 5, 4 of 6. Codes of
+  // 8 bits go as halves of 4.
+  template <int bits>
+  struct Partial {
+    static constexpr int steps = bits == 5 ? 2 : bits == 6 ? 1 : 4;
+    __m256i low = zero(), high = zero();
+    explicit Partial(Int) {}
+    void add(Bytes a, Bytes b, Bytes x, Bytes y) {
+      if constexpr (bits < 8) {
+        low = in_turn(_mm256_add_epi16(low, products(a, b, x, y)));
+      } else {
+        Bytes low_a, high_a, low_b, high_b;
+        split(a, low_a, high_a);
+        split(b, low_b, high_b);
+        low = in_turn(_mm256_add_epi16(low, products(low_a, low_b, x, y)));
+        high = in_turn(_mm256_add_epi16(high, products(high_a, high_b, x, y)));
+      }
+    }
+    Int total(Int sum) const {
+      sum = _mm256_add_epi32(sum, V::total(low, 1));
+      return bits < 8 ? sum : _mm256_add_epi32(sum, V::total(high, 16));
+    }
+  };
   template <int bits>
   static Int dot(Int sum, Bytes a, Bytes b, Bytes x, Bytes y) {
-    if constexpr (bits < 8) return _mm256_add_epi32(sum, total(products(a, b, x, y), 1));
-    Bytes low_a, high_a, low_b, high_b;
-    split(a, low_a, high_a);
-    split(b, low_b, high_b);
-    const Int low = total(products(low_a, low_b, x, y), 1), high = total(products(high_a, high_b, x, y), 16);
-    return _mm256_add_epi32(sum, _mm256_add_epi32(low, high));
+    Partial<bits> partial(sum);
+    partial.add(a, b, x, y);
+    return partial.total(sum);
   }
   static Int add4(Int a, Int b, Int c, Int d) {
     return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
@@ -153,6 +172,11 @@ struct V {
   static __m128i load_16(const std::byte* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static __m256i load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
 
+  // Keeps the compiler from making all products first and adding them in a tree, which spills every register.
+  static __m256i in_turn(__m256i sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
+  }
   static __m256i products(Bytes a, Bytes b, Bytes x, Bytes y) {
     return _mm256_add_epi16(_mm256_maddubs_epi16(a, x), _mm256_maddubs_epi16(b, y));
   }

@@ -46,7 +46,7 @@ constexpr Table second_offsets = bit_offsets(bits, 2 * bits);
 
 struct V {
   static constexpr int lanes = 4, tokens = 8;  // 8 sums of groups, 8 of lanes, 8 in all
-  static constexpr bool splits_wide = false, masks = true;
+  static constexpr bool narrow_sums = false, masks = true;
   template <int>
   static constexpr float offset = 0;
   using Bytes = __m512i;

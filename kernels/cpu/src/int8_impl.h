@@ -17,9 +17,14 @@
 //   masks, load_first<type>(p, n)   whether a part of a register can be read, and that of f32, f16 or bf16
 //   load set zero floats bits convert mul fma from_f16 from_bf16 ...
 //
+//   narrow_sums               whether sums of several products are kept in fewer bits for a while: then Partial<bits>,
+//                             with the interface of Direct below, tells how many steps they hold
+//
 // Whatever the number of tokens, a product is the same sum in the same order: within a chunk of columns, group g
-// goes to partial sum g % L; partial sums are added in order; then chunks are. So a token's result does not depend
-// on its company.
+// goes to partial sum g % L, its rest to another; both are added, then partial sums in order, then chunks. A token
+// without a rest where another has one adds zeros. So a token's result does not depend on its company.
+#include <utility>
+
 #include "int8_quantize.h"
 
 namespace mixbit {
@@ -31,6 +36,10 @@ using Pointer = const std::byte*;
 
 constexpr int tile_rows = 4 * L;   // rows whose codes the micro-kernel reads together; also groups of a block of scales
 constexpr int piece_codes = 8 * tile_rows * 4;  // bytes of a piece of every row of the tile
+
+// Bit 0, L, 2 L, ...
+template <int step>
+constexpr std::uint64_t every = step == 1 ? ~std::uint64_t{0} : step == 2 ? 0x5555555555555555u : 0x1111111111111111u;
 
 constexpr Index fetched_ahead = 30000;  // bytes: the memory's delay at its full rate, several times
 
@@ -44,6 +53,29 @@ const std::byte* token(const Int8Args& args, Index i) {
 }
 
 const float* floats_at(Pointer p) { return reinterpret_cast<const float*>(p); }
+
+// Of groups from `first` on, a multiple of `most`: which have a rest in any of the tokens. most divides 64.
+template <int most, int T>
+std::uint64_t with_rest(const Int8Args& args, const Pointer (&x)[T], Index first) {
+  std::uint64_t any = 0;
+  for (int t = 0; t < T; ++t) any |= read_as<std::uint64_t>(x[t] + args.mask + first / 64 * 8);
+  return any >> first % 64 & ((std::uint64_t{2} << (most - 1)) - 1);
+}
+
+// The sum of products over the four steps of a piece, kept as it comes.
+template <int bits>
+struct Direct {
+  static constexpr int steps = 4;
+  Int sum;
+  explicit Direct(Int before) : sum(before) {}
+  void add(V::Bytes a, V::Bytes b, V::Bytes x, V::Bytes y) { sum = V::template dot<bits>(sum, a, b, x, y); }
+  Int total(Int) const { return sum; }
+};
+template <int bits, class W = V>
+auto partial(Int before) {
+  if constexpr (W::narrow_sums) return typename W::template Partial<bits>(before);
+  else return Direct<bits>(before);
+}
 
 // ---- Scales and biases: blocks of 4 L groups ----
 
@@ -142,10 +174,13 @@ void few_rows(const Int8Args& args, Index row) {
   }
   for (int t = 0; t < T; ++t) x[t] = token(args, t);
 
+  Pointer x_rest[T];
+  for (int t = 0; t < T; ++t) x_rest[t] = x[t] + args.rest;
+
   const Index ahead = (fetched_ahead / (4 * args.row_bytes) + 1) * 4 * args.row_bytes;
   alignas(64) float total[T][4] = {};
-  Float sums[T];
-  for (int t = 0; t < T; ++t) sums[t] = V::floats(V::zero());
+  Float sums[T], rests[T];
+  for (int t = 0; t < T; ++t) sums[t] = rests[t] = V::floats(V::zero());
   Block block;
   for (Index g = 0; g < args.groups; g += tile_rows) {
     load_blocks<bits>(args, rows, g, block);
@@ -165,13 +200,19 @@ void few_rows(const Int8Args& args, Index row) {
         sums[t] = V::fma(V::mul(V::convert(dots[t]), factor), block.scales[j], sums[t]);
         sums[t] = V::fma(block.biases[j], x_sum, sums[t]);
       }
+      if (with_rest<L>(args, x, at) == 0) continue;
+      dot_parts<bits, P, T>(w, x_rest, at * P, smaller(left, L * P), dots);
+      for (int t = 0; t < T; ++t) {
+        const Float factor = V::spread(floats_at(x[t] + args.rest_factors) + at);
+        rests[t] = V::fma(V::mul(V::convert(dots[t]), factor), block.scales[j], rests[t]);
+      }
     }
     if (end % chunk_groups<G> == 0 || end == args.groups) {
       for (int t = 0; t < T; ++t) {
         alignas(16) float part[4];
-        V::fold(sums[t], part);
+        V::fold(V::add(sums[t], rests[t]), part);
         for (int r = 0; r < 4; ++r) total[t][r] += part[r];
-        sums[t] = V::floats(V::zero());
+        sums[t] = rests[t] = V::floats(V::zero());
       }
     }
   }
@@ -243,45 +284,67 @@ void fill(const Int8Args& args, const Index (&rows)[tile_rows], Index first, Ind
   }
 }
 
-// out[t] = [row] over `groups` groups; x, factors and sums of the first of them are at x[t] + codes, ...
-template <bool wide, int G, int T>
-inline void micro(const Tile<G>& tile, Index groups, const Pointer (&x)[T], Index codes, Index factors, Index x_sums,
-                  Float (&out)[T]) {
-  constexpr int P = G / piece, bits = wide ? 8 : 4;
-  for (int q = 0; q < L; ++q) {
-    Float sums[T];
-    for (int t = 0; t < T; ++t) sums[t] = V::floats(V::zero());
-    for (Index g = q; g < groups; g += L) {
-      Int dots[T];
-      for (int t = 0; t < T; ++t) dots[t] = V::zero();
-      for (int p = 0; p < P; ++p) {
-        const Index at = g * P + p, x_at = codes + at / L * (L * piece) + at % L * 16;
-        const std::byte* w = tile.codes + at * piece_codes;
-        for (int i = 0; i < 4; ++i) {
+// dots[t] = [row] over the group's codes, with those of x at x[t] + codes.
+template <int bits, int G, int T>
+inline void dot_group(const Tile<G>& tile, Index g, const Pointer (&x)[T], Index codes, Int (&dots)[T]) {
+  constexpr int P = G / piece;
+  for (int t = 0; t < T; ++t) dots[t] = V::zero();
+  for (int p = 0; p < P; ++p) {
+    const Index at = g * P + p, x_at = codes + at / L * (L * piece) + at % L * 16;
+    const std::byte* w = tile.codes + at * piece_codes;
+    using Sum = decltype(partial<bits>(V::zero()));
+    for (int first = 0; first < 4; first += Sum::steps) {
+      const auto sum_all = [&]<int... t>(std::integer_sequence<int, t...>) {
+        Sum sums[T] = {Sum(dots[t])...};
+        for (int i = first; i < first + Sum::steps; ++i) {
           const V::Bytes a = V::load_bytes(w + i * 4 * tile_rows), b = V::load_bytes(w + (4 + i) * 4 * tile_rows);
-          for (int t = 0; t < T; ++t) {
-            const std::byte* v = x[t] + x_at + 4 * i;
-            dots[t] = V::template dot<bits>(dots[t], a, b, V::repeat(v), V::repeat(v + 16 * L));
-          }
+          (sums[t].add(a, b, V::repeat(x[t] + x_at + 4 * i), V::repeat(x[t] + x_at + 4 * i + 16 * L)), ...);
         }
-      }
-      const Float scale = V::load(tile.scales + g * tile_rows), bias = V::load(tile.biases + g * tile_rows);
-      for (int t = 0; t < T; ++t) {
-        const Float product = V::mul(V::convert(dots[t]), V::set(floats_at(x[t] + factors)[g]));
-        sums[t] = V::fma(product, scale, sums[t]);
-        sums[t] = V::fma(bias, V::set(floats_at(x[t] + x_sums)[g]), sums[t]);
-      }
+        ((dots[t] = sums[t].total(dots[t])), ...);
+      };
+      sum_all(std::make_integer_sequence<int, T>());
     }
-    for (int t = 0; t < T; ++t) out[t] = q == 0 ? sums[t] : V::add(out[t], sums[t]);
   }
 }
 
-template <bool wide, int G, int T>
+// out[t] = [row] over `groups` groups of the chunk that begins with group `first`.
+template <int bits, int G, int T>
+inline void micro(const Int8Args& args, const Tile<G>& tile, Index first, Index groups, const Pointer (&x)[T],
+                  Float (&out)[T]) {
+  const auto of_group = [&](int t, Index offset, Index g) { return V::set(floats_at(x[t] + offset)[first + g]); };
+  const std::uint64_t rest = with_rest<chunk_groups<G>>(args, x, first);
+  for (int q = 0; q < L; ++q) {
+    Float sums[T], rests[T];
+    for (int t = 0; t < T; ++t) sums[t] = rests[t] = V::floats(V::zero());
+    Int dots[T];
+    for (Index g = q; g < groups; g += L) {
+      dot_group<bits, G, T>(tile, g, x, first * G, dots);
+      const Float scale = V::load(tile.scales + g * tile_rows), bias = V::load(tile.biases + g * tile_rows);
+      for (int t = 0; t < T; ++t) {
+        sums[t] = V::fma(V::mul(V::convert(dots[t]), of_group(t, args.factors, g)), scale, sums[t]);
+        sums[t] = V::fma(bias, of_group(t, args.sums, g), sums[t]);
+      }
+    }
+    for (std::uint64_t left = rest & every<L> << q; left != 0; left &= left - 1) {
+      const Index g = __builtin_ctzll(left);
+      dot_group<bits, G, T>(tile, g, x, args.rest + first * G, dots);
+      const Float scale = V::load(tile.scales + g * tile_rows);
+      for (int t = 0; t < T; ++t)
+        rests[t] = V::fma(V::mul(V::convert(dots[t]), of_group(t, args.rest_factors, g)), scale, rests[t]);
+    }
+    for (int t = 0; t < T; ++t) {
+      const Float sum = V::add(sums[t], rests[t]);
+      out[t] = q == 0 ? sum : V::add(out[t], sum);
+    }
+  }
+}
+
+template <int bits, int G, int T>
 void multiply(const Int8Args& args, const Tile<G>& tile, Index row, Index first, Index groups, Index i) {
   Pointer x[T];
   for (int t = 0; t < T; ++t) x[t] = token(args, i + t);
   Float out[T] = {};
-  micro<wide, G, T>(tile, groups, x, first * G, args.factors + first * 4, args.sums + first * 4, out);
+  micro<bits, G, T>(args, tile, first, groups, x, out);
   const Index valid = args.row_end - row;
   for (int t = 0; t < T; ++t) {
     float* y = args.y + (i + t) * args.y_stride + row;
@@ -296,17 +359,17 @@ void multiply(const Int8Args& args, const Tile<G>& tile, Index row, Index first,
 }
 
 // Tokens [i, i + n) for n up to V::tokens.
-template <bool wide, int G, int T = V::tokens>
+template <int bits, int G, int T = V::tokens>
 void multiply_some(const Int8Args& args, const Tile<G>& tile, Index row, Index first, Index groups, Index i, Index n) {
   if constexpr (T > 1) {
-    if (n < T) return multiply_some<wide, G, T - 1>(args, tile, row, first, groups, i, n);
+    if (n < T) return multiply_some<bits, G, T - 1>(args, tile, row, first, groups, i, n);
   }
-  multiply<wide, G, T>(args, tile, row, first, groups, i);
+  multiply<bits, G, T>(args, tile, row, first, groups, i);
 }
 
 template <int bits, int G>
 void many(const Int8Args& args) {
-  constexpr bool wide = V::splits_wide && bits == 8;
+  constexpr int kind = V::narrow_sums && bits > 4 ? bits : 4;  // the micro-kernel sees bytes: the width matters to sums only
   constexpr int tiles = 2;  // filled together, so that tokens come from memory once for both
   Tile<G> tile[tiles];
   const Index shares = (args.count + V::tokens - 1) / V::tokens;
@@ -322,7 +385,7 @@ void many(const Int8Args& args) {
       for (Index s = 0, i = 0; s < shares; ++s) {
         const Index end = args.count * (s + 1) / shares;
         for (Index n = 0; n < filled; ++n)
-          multiply_some<wide, G>(args, tile[n], row + n * tile_rows, first, groups, i, end - i);
+          multiply_some<kind, G>(args, tile[n], row + n * tile_rows, first, groups, i, end - i);
         i = end;
       }
     }

@@ -30,7 +30,7 @@ constexpr Fields fields_at = fields(width, first);
 
 struct V {
   static constexpr int lanes = 1, tokens = 6;  // 6 sums of groups, 6 of lanes, 6 in all, of 32 registers
-  static constexpr bool splits_wide = false, masks = false;
+  static constexpr bool narrow_sums = false, masks = false;
   template <int bits>
   static constexpr float offset = bits == 8 ? 128 : 0;
   using Bytes = int8x16_t;

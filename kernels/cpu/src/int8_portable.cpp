@@ -8,7 +8,7 @@ namespace {
 
 struct V {
   static constexpr int lanes = 1, tokens = 2;
-  static constexpr bool splits_wide = false, masks = false;
+  static constexpr bool narrow_sums = false, masks = false;
   template <int>
   static constexpr float offset = 0;
   using Bytes = std::uint8_t __attribute__((vector_size(16)));

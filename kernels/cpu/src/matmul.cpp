@@ -1,12 +1,17 @@
 #include "matmul.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "int8.h"
 #include "kernels.h"
 
 namespace mixbit {
 namespace {
+
+// A group of activations is rounded twice if the square of its peak is more than this multiple of the row's mean: one in
+// eight groups, which make most of the error (bench/LEDGER.md). Routers' always: other experts are another model.
+constexpr float spread_of(Precision precision) { return precision == Precision::fine ? 0.0f : 1.2f; }
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
@@ -48,29 +53,6 @@ MatmulArgs weight_args(const Matrix& w) {
   return args;
 }
 
-// Each row of x is two: its codes and those of its rest. The products of both are added.
-void fine_matmul(const Int8Kernels& kernels, Int8Args args) {
-  thread_local std::vector<float> sums;
-  thread_local std::vector<std::int32_t> rows;
-  const std::int64_t width = args.row_end - args.row_begin, count = args.count, y_stride = args.y_stride;
-  float* y = args.y;
-  sums.resize(static_cast<std::size_t>(2 * count * width));
-  if (args.index) {
-    rows.resize(static_cast<std::size_t>(2 * count));
-    for (std::int64_t i = 0; i < 2 * count; ++i)
-      rows[static_cast<std::size_t>(i)] = 2 * args.index[i / 2] + static_cast<std::int32_t>(i % 2);
-    args.index = rows.data();
-  }
-  args.count = 2 * count;
-  args.y = sums.data() - args.row_begin;
-  args.y_stride = width;
-  kernels.matmul(args);
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float* of_codes = sums.data() + 2 * i * width;
-    for (std::int64_t r = 0; r < width; ++r) y[i * y_stride + args.row_begin + r] = of_codes[r] + of_codes[width + r];
-  }
-}
-
 }  // namespace
 
 // Strides are odd multiples of a cache line or so: rows that lie a power of two apart would all fall
@@ -84,20 +66,23 @@ void Activations::serve(const Matrix& w) {
     exact_->sums = Buffer<float>(max_rows_ * exact_->sum_stride);
     return;
   }
-  const bool rest = w.precision == Precision::fine;
-  if (Int8* form = int8_for(w)) {
-    if (rest && !form->rest) form->rest = true, form->rows = Buffer<std::byte>(max_rows_ * form->row_bytes());
-    return;
-  }
+  if (int8_for(w)) return;
   const std::int64_t codes = round_up(max_dim_, 128), groups = round_up(codes / w.group_size, 16);
-  const std::int64_t bytes = codes + 8 * groups;
-  int8_.push_back({w.group_size, interleaved(w.bits), rest, codes, codes + 4 * groups, bytes / 128 * 128 + 192, {}});
-  int8_.back().rows = Buffer<std::byte>(max_rows_ * int8_.back().row_bytes());
+  Int8 form{w.group_size, interleaved(w.bits), spread_of(w.precision), 0, 0, 0, 0, 0, 0, {}};
+  form.factors = codes;
+  form.sums = form.factors + 4 * groups;
+  form.rest = form.sums + 4 * groups;
+  form.rest_factors = form.rest + codes;
+  form.mask = form.rest_factors + 4 * groups;
+  form.stride = (form.mask + round_up(groups, 64) / 8) / 128 * 128 + 192;
+  form.rows = Buffer<std::byte>(max_rows_ * form.stride);
+  int8_.push_back(std::move(form));
 }
 
 Activations::Int8* Activations::int8_for(const Matrix& w) {
   const auto found = std::find_if(int8_.begin(), int8_.end(), [&](const Int8& form) {
-    return form.group_size == w.group_size && form.interleaved == interleaved(w.bits);
+    return form.group_size == w.group_size && form.interleaved == interleaved(w.bits) &&
+           form.spread == spread_of(w.precision);
   });
   return found == int8_.end() ? nullptr : &*found;
 }
@@ -114,16 +99,11 @@ void Activations::prepare(Isa isa, std::int64_t row, const float* x, std::int64_
 }
 
 void Activations::prepare_int8(const Int8& form, Isa isa, std::int64_t row, const float* x, std::int64_t dim) {
-  thread_local std::vector<float> rest;
-  if (form.rest) rest.resize(static_cast<std::size_t>(dim));
-  const auto quantize = [&](const float* from, std::byte* to, float* left) {
-    int8_kernels(isa).quantize({from, dim, form.group_size, form.interleaved, to,
-                                reinterpret_cast<float*>(to + form.factors), reinterpret_cast<float*>(to + form.sums),
-                                left});
-  };
-  std::byte* to = form.rows.data() + row * form.row_bytes();
-  quantize(x, to, form.rest ? rest.data() : nullptr);
-  if (form.rest) quantize(rest.data(), to + form.stride, nullptr);
+  std::byte* to = form.rows.data() + row * form.stride;
+  const auto floats = [&](std::int64_t offset) { return reinterpret_cast<float*>(to + offset); };
+  int8_kernels(isa).quantize({x, dim, form.group_size, form.interleaved, form.spread, to, floats(form.factors),
+                              floats(form.sums), to + form.rest, floats(form.rest_factors),
+                              reinterpret_cast<std::uint64_t*>(to + form.mask)});
 }
 
 // Parts of size n/32, n/64 and n/128, each rounded up to 16.
@@ -161,15 +141,9 @@ void matmul_rows(Isa isa, const Matrix& w, const Activations& x, const std::int3
   if (count <= 0 || row_begin >= row_end) return;
   if (w.takes_int8()) {
     const Activations::Int8& form = *x.int8_for(w);
-    Int8Args args{w.weight, w.scales, w.biases, w.dtype, w.bits, w.group_size, w.groups(), w.row_bytes(),
-                  form.rows.data(), form.row_bytes(), form.factors, form.sums, index, count, row_begin, row_end,
-                  y, y_stride};
-    if (w.precision == Precision::fine) {
-      args.x_stride = form.stride;
-      fine_matmul(int8_kernels(isa), args);
-    } else {
-      int8_kernels(isa).matmul(args);
-    }
+    int8_kernels(isa).matmul({w.weight, w.scales, w.biases, w.dtype, w.bits, w.group_size, w.groups(), w.row_bytes(),
+                              form.rows.data(), form.stride, form.factors, form.sums, form.rest, form.rest_factors,
+                              form.mask, index, count, row_begin, row_end, y, y_stride});
     return;
   }
   MatmulArgs args = weight_args(w);
@@ -188,7 +162,6 @@ void matmul_rows(Isa isa, const Matrix& w, const Activations& x, const std::int3
 }
 
 std::int64_t preferred_tile(const Matrix& w, std::int64_t count) {
-  if (w.precision == Precision::fine) count *= 2;
   const std::int64_t row_step = w.takes_int8() && count >= 32 ? 32 : 16;  // rows the kernels unpack together
   constexpr std::int64_t work = 1 << 18;  // multiplications; some ten microseconds of one core
   const std::int64_t per_row = std::max<std::int64_t>(1, w.cols * std::max<std::int64_t>(count, 1));

@@ -12,7 +12,8 @@
 namespace mixbit {
 
 // Rows of activations made ready for the kernels, in each form that the matrices they meet ask for: float32 with the
-// sum over each group of 32, 64 and 128 columns (for the bias term), or int8 for one group size and order of codes, twice for those that are `fine`.
+// sum over each group of 32, 64 and 128 columns (for the bias term), or int8 for one group size, order of codes and
+// share of groups that are rounded twice.
 // `serve` is called for each such matrix first, then rows are prepared, from any thread.
 class Activations {
  public:
@@ -37,13 +38,13 @@ class Activations {
     Buffer<float> values, sums;
     std::int64_t sum_offset(int group_size) const;
   };
-  // Rows as int8.h lays them out, of `stride` bytes; with a rest, each is followed by that of its rest.
+  // Rows as int8.h lays them out, of `stride` bytes.
   struct Int8 {
     int group_size;
-    bool interleaved, rest;
-    std::int64_t factors, sums, stride;
+    bool interleaved;
+    float spread;
+    std::int64_t factors, sums, rest, rest_factors, mask, stride;
     Buffer<std::byte> rows;
-    std::int64_t row_bytes() const { return rest ? 2 * stride : stride; }
   };
 
   void prepare_exact(std::int64_t row, const float* x, std::int64_t dim);

@@ -38,19 +38,16 @@ Columns columns(const Program& p, const ColumnsArg& arg) {
   return {p.value(value), offset, stride};
 }
 
-// As the program applies it. With all matrices `fast`, one in thirty likeliest tokens would be another one, and routers
-// would choose other experts; half of the arithmetic is in gate and up, a fifth of that error.
-Matrix matrix(const Program& p, const Weight& weight, Precision most = Precision::fine) {
+// As the program applies it.
+Matrix matrix(const Program& p, const Weight& weight, Precision most = Precision::fast) {
   Matrix m = weight.matrix();
   m.precision = p.context().limits.precision == Precision::exact ? Precision::exact : most;
   return m;
 }
 
-// last: of the last layer, whose error no other layer averages out.
-MlpWeights mlp_weights(const Program& p, const MlpArg& arg, bool last) {
-  const Precision most = last ? Precision::fine : Precision::fast;
+MlpWeights mlp_weights(const Program& p, const MlpArg& arg) {
   const auto& [gate, up, down] = arg;
-  return {matrix(p, *gate, most), matrix(p, *up, most), matrix(p, *down)};
+  return {matrix(p, *gate), matrix(p, *up), matrix(p, *down)};
 }
 
 void embed(Program& p, const Weight& table, int out) {
@@ -78,17 +75,17 @@ void batch_matvec(Program& p, int x, const std::vector<std::tuple<const Weight*,
   p.add("batch_matvec", make_batch_matvec(p.context(), p.value(x), std::move(parts), std::move(values)), {x}, outs);
 }
 
-void mlp(Program& p, int x, const MlpArg& weights, int out, bool last) {
-  p.add("mlp", make_mlp(p.context(), p.value(x), mlp_weights(p, weights, last), p.value(out)), {x}, {out});
+void mlp(Program& p, int x, const MlpArg& weights, int out) {
+  p.add("mlp", make_mlp(p.context(), p.value(x), mlp_weights(p, weights), p.value(out)), {x}, {out});
 }
 
 // stored: where expert 0 of each array lies, if experts are to be streamed.
 void moe(Program& p, int x, const Weight& router, const MlpArg& experts, std::int64_t top_k, bool normalize,
          const std::optional<MlpArg>& shared, const Weight* shared_gate,
-         const std::optional<std::vector<FilePartArg>>& stored, int out, bool last) {
-  MoeWeights weights{matrix(p, router), mlp_weights(p, experts, last), top_k, normalize, std::nullopt, std::nullopt};
-  if (shared) weights.shared = mlp_weights(p, *shared, last);
-  if (shared_gate) weights.shared_gate = matrix(p, *shared_gate);
+         const std::optional<std::vector<FilePartArg>>& stored, int out) {
+  MoeWeights weights{matrix(p, router, Precision::fine), mlp_weights(p, experts), top_k, normalize, std::nullopt, std::nullopt};
+  if (shared) weights.shared = mlp_weights(p, *shared);
+  if (shared_gate) weights.shared_gate = matrix(p, *shared_gate, Precision::fine);
   if (stored && p.store()) {
     std::vector<FilePart> parts;
     for (const auto& [file, offset, bytes] : *stored) parts.push_back({file, offset, bytes});
@@ -243,10 +240,9 @@ NB_MODULE(_cpu, m) {
       .def("rms_norm", &rms_norm)
       .def("add_norm", &add_norm)
       .def("batch_matvec", &batch_matvec)
-      .def("mlp", &mlp, nb::arg(), nb::arg(), nb::arg(), nb::kw_only(), nb::arg("last"))
+      .def("mlp", &mlp)
       .def("moe", &moe, nb::arg(), nb::arg(), nb::arg(), nb::kw_only(), nb::arg("top_k"), nb::arg("normalize"),
-           nb::arg("shared").none(), nb::arg("shared_gate").none(), nb::arg("stored").none(), nb::arg("out"),
-           nb::arg("last"))
+           nb::arg("shared").none(), nb::arg("shared_gate").none(), nb::arg("stored").none(), nb::arg("out"))
       .def("attention", &attention, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::kw_only(), nb::arg("heads"),
            nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("rope").none(),
            nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("out"))

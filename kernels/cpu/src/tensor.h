@@ -8,8 +8,8 @@ namespace mixbit {
 
 enum class DType : std::uint8_t { f32, f16, bf16 };
 
-// How a matrix is applied: to float32 activations, or where its codes allow to activations rounded to int8; fine: and
-// to what that rounding leaves, rounded to int8 again.
+// How a matrix is applied: to float32 activations, or where its codes allow to activations rounded to int8, groups with
+// large values twice; fine: all groups twice.
 enum class Precision : std::uint8_t { exact, fast, fine };
 
 constexpr std::int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
