@@ -34,7 +34,7 @@ constexpr Fields fields_at = fields(width, low, high);
 struct V {
   static constexpr int lanes = 2, tokens = 4;  // 4 sums of groups, 4 of lanes, 4 in all, of 16 registers
   static constexpr bool narrow_sums = true;    // pairs of products are added in 16 bits
-  static constexpr bool masks = false;
+  static constexpr bool masks = true;
   template <int>
   static constexpr float offset = 0;
   using Bytes = __m256i;
@@ -47,9 +47,16 @@ struct V {
   static Bytes load_bytes(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store_bytes(std::byte* p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   static void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
-  static Float from_f16(const std::byte* p) { return _mm256_cvtph_ps(load_16(p)); }
-  static Float from_bf16(const std::byte* p) {
-    return floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16(p)), 16));
+  template <DType type>
+  static Float load_first(const std::byte* p, int n) {
+    if constexpr (type == DType::f32) {
+      const __m256i wanted = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+      return _mm256_maskload_ps(reinterpret_cast<const float*>(p), wanted);
+    } else {
+      const __m128i halves = n < 8 ? first_halves(p, n) : load_16(p);
+      if constexpr (type == DType::f16) return _mm256_cvtph_ps(halves);
+      else return floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
   }
   static Bytes repeat(const std::byte* p) {
     int value;
@@ -172,6 +179,23 @@ struct V {
   static __m128i load_16(const std::byte* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static __m256i load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
 
+  // The first n of eight, then zeros, by loads that overlap: a load of what was just stored in parts would wait for it.
+  static __m128i first_halves(const std::byte* p, int n) {
+    std::uint32_t low = 0, high = 0;
+    if (n >= 4) {
+      const __m128i last = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 2 * n - 8));
+      return _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)),
+                                _mm_srl_epi64(last, _mm_cvtsi32_si128(128 - 16 * n)));
+    }
+    if (n >= 2) {
+      std::memcpy(&low, p, 4);
+      std::memcpy(&high, p + 2 * n - 4, 4);
+      high = n == 2 ? 0 : high >> 16;
+    } else if (n == 1) {
+      std::memcpy(&low, p, 2);
+    }
+    return _mm_cvtsi64_si128(static_cast<long long>(std::uint64_t{high} << 32 | low));
+  }
   // Keeps the compiler from making all products first and adding them in a tree, which spills every register.
   static __m256i in_turn(__m256i sum) {
     __asm__("" : "+x"(sum));
