@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
-START_SECONDS = 60
+START_SECONDS = 180
 MIXBIT = ("-m", "mixbit.server.cli.main")
 _psutil: Any = psutil  # it has no types
 
@@ -154,7 +154,7 @@ def numbers(text: str) -> dict[str, float]:
     return found
 
 
-def until(condition: Any, seconds: float = 20) -> None:
+def until(condition: Any, seconds: float = 60) -> None:
     """Wait for `condition()` to be true."""
     deadline = time.monotonic() + seconds
     while not condition():
