@@ -47,7 +47,9 @@ def plan_memory(
     """
     streamed = expert_bytes(program) if isinstance(backend, StreamingBackend) else 0
     if config.expert_bytes is not None and not streamed:
-        why = "the device cannot stream them" if expert_bytes(program) else "the model has no experts in files"
+        why = "the model has no experts in files"
+        if expert_bytes(program):
+            why = "the device cannot stream them (--device cpu can)"
         raise CacheError(f"memory for experts is set, but {why}; leave it out")
     if isinstance(backend, StreamingBackend) and streamed:
         budget = usable_memory(config)

@@ -86,7 +86,7 @@ def cache_config(
     if isinstance(backend, OwnMemory) and weight_bytes > available:
         raise CacheError(
             f"the model's weights ({_megabytes(weight_bytes)}) do not fit in the {_megabytes(available)} that are "
-            "free on the device; free some, or choose another with --device"
+            "free on the device; free some, or choose another with --device (cpu can stream experts from disk)"
         )
     left_free = max(available - weight_bytes, available // 8)
     budget = config.cache_bytes or int(config.memory_share * left_free) // 2

@@ -15,6 +15,7 @@ from mixbit.kernels.ops import Program
 Int32Array = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]  # one-dimensional
 Precision = Literal["exact", "fast"]
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 class BackendError(RuntimeError):
@@ -126,7 +127,7 @@ class ExecutorOptions:
     threads: int = 0
     profile: bool = False
     isa: str | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     precision: Precision = "exact"
     experts: ExpertMemory | None = None
 

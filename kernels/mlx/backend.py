@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Literal
 
 from mixbit.kernels.executor import CacheConfig, ExecutorOptions
-from mixbit.kernels.ops import Program
+from mixbit.kernels.ops import Moe, Program
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -54,6 +54,19 @@ class MlxBackend:
         name = mx.device_info(device).get("device_name", "unknown device")
         kernels = "own kernels" if self._own_kernels else "stock operations"
         return f"{name}, MLX {importlib.metadata.version('mlx')}, {kernels}"
+
+    def step_bytes(self, program: Program, options: ExecutorOptions) -> int:
+        """About what a step of options.max_tokens holds at once: its largest values, in float32."""
+        widest = max(value.dim for value in program.values)
+        moes = [node for node in program.nodes if isinstance(node, Moe)]
+        chosen = max((m.spec.top_k * (3 * m.spec.experts.gate.out_dim + m.out.dim) for m in moes), default=0)
+        return 4 * options.max_tokens * (8 * widest + 2 * chosen)
+
+    def least_expert_bytes(self, program: Program) -> int:
+        """One expert in each layer."""
+        from mixbit.kernels.mlx.streaming import least_bytes
+
+        return least_bytes(program)
 
     def compile(self, program: Program, cache: CacheConfig, options: ExecutorOptions) -> MlxExecutor:
         """Copy the weights to the device (on the CPU in float32) and allocate the pools."""

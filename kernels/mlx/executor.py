@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -12,10 +12,12 @@ import numpy.typing as npt
 
 from mixbit.kernels import ops
 from mixbit.kernels.executor import Batch, Bytes, CacheConfig, ExecutorOptions
+from mixbit.kernels.experts import ExpertCounts
 from mixbit.kernels.mlx.arrays import DTYPES, Values, from_bytes, to_bytes
 from mixbit.kernels.mlx.caches import KvPool, StatePool
 from mixbit.kernels.mlx.operation import Binding, Table
 from mixbit.kernels.mlx.step import Step
+from mixbit.kernels.mlx.streaming import make_slots
 from mixbit.kernels.mlx.weights import Weights
 from mixbit.kernels.spec import QuantizedTensor
 
@@ -30,17 +32,20 @@ class MlxExecutor:
         options: ExecutorOptions,
         device: mx.DeviceType,
         table: Table,
+        weights: Callable[[mx.Dtype], Weights] = Weights,
     ) -> None:
-        """device: mx.cpu or mx.gpu. table: how each node is run."""
+        """device: mx.cpu or mx.gpu. table: how each node is run. weights: puts tensors there, given their dtype."""
         self._program, self._device, self._profile = program, device, options.profile
         self._block_size = cache.block_size
         self._seconds: defaultdict[str, float] = defaultdict(float)
         dtype = DTYPES[options.dtype or activation_dtype(program, device)]
         with mx.stream(device):
+            self._slots = {} if options.experts is None else make_slots(program, options.experts, dtype)
             self._binding = Binding(
-                Weights(dtype),
+                weights(dtype),
                 tuple(KvPool(node.spec, cache, dtype) for node in program.attentions),
                 tuple(StatePool(node.spec, cache, dtype) for node in program.gated_deltas),
+                self._slots,
             )
             self._operations = [(node, table[type(node)](node, self._binding)) for node in program.nodes]
             mx.eval(*self._pools())
@@ -52,6 +57,20 @@ class MlxExecutor:
     def hidden_states(self, batch: Batch) -> npt.NDArray[np.float32]:
         """As run: what the head would have been applied to, [selected, hidden_dim]."""
         return self._compute(batch, self._program.hidden)
+
+    def expert_counts(self) -> Sequence[ExpertCounts]:
+        """Of each streamed layer, in the order of the program."""
+        return [slots.counts() for slots in self._slots.values()]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(slots.nbytes for slots in self._slots.values())
+
+    @property
+    def expert_slots(self) -> int:
+        """Experts that can be on the device at once."""
+        return sum(slots.count for slots in self._slots.values())
 
     @property
     def hidden_dim(self) -> int | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from mixbit.kernels import ops
 from mixbit.kernels.mlx.arrays import Values
-from mixbit.kernels.mlx.operation import Binding
+from mixbit.kernels.mlx.operation import Binding, Gathers
 from mixbit.kernels.mlx.step import Step
+from mixbit.kernels.mlx.weights import Weight
 
 # From so many (token, expert) pairs on, sorting them by expert pays.
 _SORT_FROM = 64
@@ -21,10 +24,13 @@ def silu(x: mx.array) -> mx.array:
 class FeedForward:
     """down(silu(gate(x)) * up(x)), for one matrix each or for gathered experts."""
 
-    def __init__(self, spec: ops.MlpSpec, binding: Binding) -> None:
-        self.gate = binding.weights.matrix(spec.gate)
-        self.up = binding.weights.matrix(spec.up)
-        self.down = binding.weights.matrix(spec.down)
+    def __init__(self, gate: Weight, up: Weight, down: Weight) -> None:
+        self.gate, self.up, self.down = gate, up, down
+
+    @classmethod
+    def of(cls, spec: ops.MlpSpec, binding: Binding) -> FeedForward:
+        """With all of its matrices on the device."""
+        return cls(*(binding.weights.matrix(matrix) for matrix in (spec.gate, spec.up, spec.down)))
 
     def apply(self, x: mx.array) -> mx.array:
         """x [rows, dim] -> [rows, dim]."""
@@ -51,7 +57,7 @@ class Mlp:
 
     def __init__(self, node: ops.Mlp, binding: Binding) -> None:
         self.x, self.out = node.x.index, node.out.index
-        self.feed_forward = FeedForward(node.spec, binding)
+        self.feed_forward = FeedForward.of(node.spec, binding)
 
     def __call__(self, step: Step, values: Values) -> None:
         """One feed-forward for all rows."""
@@ -66,19 +72,27 @@ class Moe:
         self.x, self.out = node.x.index, node.out.index
         self.top_k, self.normalize = spec.top_k, spec.normalize
         self.router = weights.matrix(spec.router)
-        self.experts = FeedForward(spec.experts, binding)
-        self.shared = None if spec.shared is None else FeedForward(spec.shared, binding)
+        slots = binding.slots.get(node)
+        self.experts: Gathers = FeedForward.of(spec.experts, binding) if slots is None else slots
+        self.shared = None if spec.shared is None else FeedForward.of(spec.shared, binding)
         self.shared_gate = None if spec.shared_gate is None else weights.matrix(spec.shared_gate)
 
     def __call__(self, step: Step, values: Values) -> None:
         """Route, gather the experts, add the shared one."""
         x = values[self.x]
-        experts, weights = self._route(x)
-        out = (self.experts.gather(x, experts) * weights[..., None].astype(x.dtype)).sum(axis=1)
+        values[self.out] = self.combined(x, self.routed)
+
+    def routed(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+        """x [tokens, dim] through its experts [tokens, top_k], summed by their weights -> [tokens, dim]."""
+        return (self.experts.gather(x, experts) * weights[..., None].astype(x.dtype)).sum(axis=1)
+
+    def combined(self, x: mx.array, routed: Callable[[mx.array, mx.array, mx.array], mx.array]) -> mx.array:
+        """What `routed` makes of the choice, plus the shared expert."""
+        out = routed(x, *self._route(x))
         if self.shared is not None:
             shared = self.shared.apply(x)
             out = out + (shared if self.shared_gate is None else mx.sigmoid(self.shared_gate.apply(x)) * shared)
-        values[self.out] = out
+        return out
 
     def _route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         logits = self.router.apply(x).astype(mx.float32)

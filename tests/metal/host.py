@@ -55,7 +55,7 @@ class _Buffer(ctypes.Structure):
 def _build(sources: dict[str, str], flags: Sequence[str]) -> Path:
     """A shared library made of `sources` (file name to text), cached by content."""
     digest = hashlib.sha256(repr((sources, flags, FLAGS)).encode())
-    for header in ("metal.h", "runtime.h", "machine.h"):
+    for header in ("metal.h", "metal_simdgroup_matrix", "runtime.h", "machine.h"):
         digest.update((HERE / header).read_bytes())
     library = BUILD / f"{digest.hexdigest()[:24]}.so"
     if library.exists():

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 
 from mixbit.kernels.executor import CacheConfig, ExecutorOptions
-from mixbit.kernels.mlx.custom.experts import Router
+from mixbit.kernels.mlx.custom.experts import QuantizedMlp, Router
 from mixbit.kernels.mlx.custom.launch import Launcher, lanes_for
 from mixbit.kernels.mlx.custom.matvec import MAX_TOKENS, BatchedMatvec
+from mixbit.kernels.mlx.custom.prefill_experts import PrefillExperts
 from mixbit.kernels.mlx.custom.sources import source
 from mixbit.kernels.mlx.weights import QuantizedWeight, Weights
-from mixbit.kernels.ops import AttentionSpec, Columns, Program, Rope
+from mixbit.kernels.ops import AttentionSpec, Columns, MlpSpec, Program, Rope
 from mixbit.kernels.reference.matrix import dequantize
-from mixbit.kernels.spec import QuantizedTensor
+from mixbit.kernels.reference.mlp import mlp
+from mixbit.kernels.spec import BITS, QuantizedTensor
 from tests.kernels.builders import FloatArray, Sequences, Tensors, all_rows, assert_close, program_of
 from tests.kernels.conftest import REFERENCE
 from tests.metal.backend import HostMetalBackend
@@ -89,6 +91,40 @@ def test_router_stays_within_bounds_without_numbers() -> None:
     logits = mx.full((1, 64), float("nan"))
     chosen, _ = Router(launcher(), 4, normalize=True)(logits)
     assert (np.array(chosen) < 64).all()
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [*((bits, "float32") for bits in BITS), *((bits, dtype) for bits in (3, 4) for dtype in HALF_TYPES)],
+)
+def test_prefill_experts(bits: int, dtype: str) -> None:
+    """Random shapes and group sizes; experts of many rows, of one and of none."""
+    tensors = Tensors(seed=bits)
+    kind, tolerance = HALF_TYPES.get(dtype, (mx.float32, 2e-5))
+    rng = tensors.rng
+    group, experts, top_k, tokens = (
+        int(rng.choice([32, 64, 128])),
+        int(rng.integers(2, 9)),
+        3,
+        int(rng.integers(40, 90)),
+    )
+    dim, hidden = group * int(rng.integers(1, 3)), group * int(rng.integers(1, 4))
+    shapes = (experts, hidden, dim), (experts, hidden, dim), (experts, dim, hidden)
+    spec = MlpSpec(*(tensors.quantized(*shape, bits=bits, group_size=group, dtype=dtype) for shape in shapes))
+    matrices = [Weights(kind).matrix(matrix) for matrix in (spec.gate, spec.up, spec.down)]
+    ours = PrefillExperts(
+        launcher(seed=bits), QuantizedMlp(*(w for w in matrices if isinstance(w, QuantizedWeight))), kind
+    )
+    x = mx.array(tensors.values(tokens, dim)).astype(kind)
+    chosen = rng.integers(0, experts - 1, (tokens, top_k)).astype(np.uint32)  # the last has none
+    chosen[0, 0] = 0
+    weights = rng.uniform(0, 1, (tokens, top_k)).astype(np.float32)
+    got = ours(x, mx.array(chosen), mx.array(weights))
+    assert got.dtype == kind
+    rows = to_float(x)
+    each = np.stack([mlp(spec, rows, expert) for expert in range(experts)])
+    want = (each[chosen, np.arange(tokens)[:, None]] * weights[..., None]).sum(axis=1)
+    assert_close(to_float(got), want, 2 * tolerance)
 
 
 def attention(heads: int, kv_heads: int, dim: int, tensors: Tensors, length: int) -> Program:

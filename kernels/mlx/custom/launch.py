@@ -34,7 +34,7 @@ class Launcher:
     """Kernels for one device. `make` has the interface of mx.fast.metal_kernel."""
 
     def __init__(self, language: Language, make: Callable[..., Any]) -> None:
-        self._language: Language = language
+        self.language: Language = language
         self._make = make
 
     @classmethod
@@ -48,7 +48,7 @@ class Launcher:
 
     def kernel(self, name: str, inputs: Sequence[str], outputs: Sequence[str], *defines: str) -> Kernel:
         """The kernel of the file `name`. defines: macros its text expects, "NAME" or "NAME value"."""
-        text = source(name, self._language)
+        text = source(name, self.language)
         header = "".join(f"#define {define}\n" for define in defines) + text.header
         kernel: Kernel = self._make(
             name=name, input_names=inputs, output_names=outputs, source=text.body, header=header

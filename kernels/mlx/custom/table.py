@@ -15,7 +15,8 @@ from mixbit.kernels.mlx.custom.gated_delta import GatedDelta
 from mixbit.kernels.mlx.custom.launch import Launcher
 from mixbit.kernels.mlx.custom.matvec import MAX_TOKENS, BatchedMatvec, applies
 from mixbit.kernels.mlx.custom.norm import AddNorm as AddNormKernel
-from mixbit.kernels.mlx.operation import Binding, Table
+from mixbit.kernels.mlx.custom.prefill_experts import PrefillExperts
+from mixbit.kernels.mlx.operation import Binding, Gathers, Table
 from mixbit.kernels.mlx.step import Step
 from mixbit.kernels.mlx.stock import STOCK
 from mixbit.kernels.mlx.weights import Weight
@@ -82,7 +83,7 @@ class AddNorm:
 
 
 class Moe:
-    """Mixture of experts in four launches, for few tokens."""
+    """Mixture of experts: in four launches for few tokens, by tiles of tokens of one expert for many (on Metal)."""
 
     def __init__(self, launcher: Launcher, node: ops.Moe, binding: Binding) -> None:
         self.stock = stock = feed_forward.Moe(node, binding)
@@ -91,6 +92,9 @@ class Moe:
         shared = None if stock.shared is None else _quantized(stock.shared)
         served = experts is not None and (stock.shared is None) == (shared is None) and stock.top_k <= MAX_TOP_K
         self.experts = None
+        self.prefill = None
+        if experts is not None and launcher.language == "metal":
+            self.prefill = PrefillExperts(launcher, experts, dtype)
         if experts is not None and served:
             gates = [stock.router] if stock.shared_gate is None else [stock.router, stock.shared_gate]
             self.gates = Matrices(launcher, gates, dtype)
@@ -101,15 +105,18 @@ class Moe:
         """Route, apply the chosen experts and the shared one."""
         x = values[self.stock.x]
         if self.experts is None or x.shape[0] * self.stock.top_k > _MAX_PAIRS:
-            self.stock(step, values)
+            routed = self.stock.routed if self.prefill is None else self.prefill
+            values[self.stock.out] = self.stock.combined(x, routed)
             return
         logits, *shared_logit = self.gates(x)
         experts, weights = self.router(logits)
         values[self.stock.out] = self.experts(x, experts, weights, *shared_logit)
 
 
-def _quantized(mlp: feed_forward.FeedForward) -> QuantizedMlp | None:
-    """The feed-forward for our kernels, or None if they do not take all of its matrices."""
+def _quantized(mlp: Gathers) -> QuantizedMlp | None:
+    """The feed-forward for our kernels, or None if they do not take all of its matrices, or these are in slots."""
+    if not isinstance(mlp, feed_forward.FeedForward):
+        return None
     if applies(mlp.gate) and applies(mlp.up) and applies(mlp.down):
         return QuantizedMlp(mlp.gate, mlp.up, mlp.down)
     return None
