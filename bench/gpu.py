@@ -1,347 +1,77 @@
-"""Our kernels on this machine's GPU: are they right, and how fast beside stock MLX?
+"""The GPU table in one run: Qwen3-Coder-Next at full size with random weights, beside mlx-lm.
 
-    python -m bench.gpu parity     random programs against the NumPy reference, stock and custom tables
-    python -m bench.gpu kernels    single operations: microseconds, GB/s
-    python -m bench.gpu model      Qwen3-Coder-Next at full size with random weights: decode and prefill
+    python -m bench.gpu                           all parts, each in a process of its own, then the table
+    python -m bench.gpu cuda mlx-lm --json R.json some parts; what R.json holds of others stays, and is shown too
+    python -m bench.gpu --show R.json             the table of an earlier run
 
-Needs MLX with Metal or CUDA. `parity --on-host` runs the Metal text on the host instead. The CUDA backend, which
-needs no MLX, has bench/gpu_native.py.
+Parts, each of a few minutes: cuda (the CUDA backend: step, kernels, plain product, experts), operations (single
+operations, stock MLX beside our MLX kernels), mlx-lm, stock and mlx (the model through mlx-lm, MLX's own operations,
+our MLX kernels). A part that fails leaves the others. The part "cuda" needs mixbit[cuda]; the others MLX with Metal or
+CUDA (mixbit[mlx-cuda]), and mlx-lm.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
+from bench.gpu_report import Report
 
-from bench.gpu_cases import cases, outputs
-from bench.gpu_shapes import program
-from bench.gpu_weights import RandomWeights, random_matrix
-from mixbit.kernels import ops
-from mixbit.kernels.executor import Batch, CacheConfig, ExecutorOptions
-from mixbit.kernels.mlx import executor as executors
-from mixbit.kernels.mlx.custom.experts import Experts, QuantizedMlp, Router
-from mixbit.kernels.mlx.custom.gated_delta import DeltaStep
-from mixbit.kernels.mlx.custom.launch import Launcher
-from mixbit.kernels.mlx.custom.matvec import BatchedMatvec
-from mixbit.kernels.mlx.custom.norm import AddNorm
-from mixbit.kernels.mlx.custom.table import custom_table
-from mixbit.kernels.mlx.stock import STOCK
-from mixbit.kernels.mlx.weights import QuantizedWeight
-from mixbit.kernels.reference.backend import ReferenceBackend
-
-# --- parity ---
+PARTS = ("cuda", "operations", "mlx-lm", "stock", "mlx")
 
 
-def parity(launcher: Launcher, device: mx.DeviceType) -> None:
-    """Print the largest error of each case, relative to the largest value wanted."""
-    from tests.kernels.builders import CACHE
+def measure(part: str, layers: int) -> Report:
+    """One part, in this process."""
+    report = Report()
+    start = time.perf_counter()
+    if part == "cuda":
+        from bench import gpu_cuda
 
-    limits = {"float32": 2e-4, "bfloat16": 1.5e-1}
-    wrong = 0
-    for name, (graph, sizes) in cases().items():
-        want = outputs(ReferenceBackend().compile(graph, CACHE, ExecutorOptions(max_tokens=64)), sizes)
-        shown = []
-        for dtype, limit in limits.items():
-            for label, table in (("stock", STOCK), ("custom", custom_table(launcher))):
-                options = ExecutorOptions(max_tokens=64, dtype=dtype)  # type: ignore[arg-type]
-                try:
-                    got = outputs(executors.MlxExecutor(graph, CACHE, options, device, table), sizes)
-                    error = float(np.abs(got - want).max() / np.abs(want).max())
-                except (RuntimeError, ValueError) as failure:  # a kernel that does not compile must not end the rest
-                    print(f"{name}, {dtype} {label}: {str(failure)[:1500]}", flush=True)
-                    error = math.nan
-                bad = not error < limit
-                wrong += bad and label == "custom"
-                shown.append(f"{dtype} {label} {error:.1e}{' WRONG' if bad else ''}")
-        print(f"{name:44s} {'; '.join(shown)}", flush=True)
-    print(f"parity: {wrong} wrong")
+        facts = gpu_cuda.measure(report, layers)
+    else:
+        from bench import gpu_mlx
+
+        facts = gpu_mlx.measure(report, part, layers)
+    report.parts[part] = {**facts, "layers": str(layers), "seconds": f"{time.perf_counter() - start:.0f}"}
+    return report
 
 
-# --- single operations ---
-
-
-def microseconds(run: Callable[[int], Any], count: int) -> float:
-    """Median time of one of `count` operations whose graph run(count) builds; building is not timed."""
-    for _ in range(2):
-        mx.eval(run(count))
-    times = []
-    for _ in range(7):
-        graph = run(count)
-        start = time.perf_counter()
-        mx.eval(graph)
-        mx.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) / count * 1e6
-
-
-def row(name: str, stock: float, custom: float, moved: int) -> None:
-    """One line of the table; moved: bytes that the operation must read and write."""
-    rate = f"{moved / stock / 1e3:8.0f} {moved / custom / 1e3:8.0f}" if moved else " " * 17
-    print(f"{name:52s} {stock:9.2f} {custom:9.2f} {rate} {stock / custom:7.2f}x", flush=True)
-
-
-def nbytes(*weights: QuantizedWeight) -> int:
-    return sum(w.codes.nbytes + w.scales.nbytes + w.biases.nbytes for w in weights)
-
-
-def kernels(launcher: Launcher) -> None:
-    """The table of single operations; weights change from one to the next, so that no cache holds them."""
-    dtype = mx.bfloat16
-    print(f"elementwise copy: {_copy_bandwidth():.2f} TB/s")
-    one = mx.ones((1, 2048), dtype)
-
-    def chain(n: int) -> mx.array:
-        x = one
-        for _ in range(n):
-            x = x + 1
-        return x
-
-    print(f"an add in a chain: {microseconds(chain, 500):.2f} us")
-    print(f"{'us for one operation':52s} {'stock':>9s} {'custom':>9s} {'GB/s':>8s} {'GB/s':>8s}")
-    for part in (_matvecs, _mixture, _small, _delta):
-        try:
-            part(launcher, dtype)
-        except (RuntimeError, ValueError) as failure:
-            print(f"{part.__name__}: {str(failure)[:1500]}", flush=True)
-
-
-def _copy_bandwidth() -> float:
-    big = mx.zeros((1 << 29,), mx.float32)
-    return 2 * big.nbytes / microseconds(lambda n: [big + i for i in range(n)], 4) / 1e6
-
-
-def _matvecs(launcher: Launcher, dtype: mx.Dtype) -> None:
-    for out, in_dim, bits in ((12288, 2048, 4), (12288, 2048, 8), (2048, 4096, 4), (151936, 2048, 4)):
-        copies = [
-            random_matrix((out, in_dim), bits, 64, dtype) for _ in range(max(2, int(4e8 / out / in_dim / bits * 8)))
-        ]
-        ours = [BatchedMatvec(launcher, [w], dtype) for w in copies]
-        for tokens in (1, 4, 8, 16):
-            x = mx.random.normal((tokens, in_dim)).astype(dtype)
-
-            def run(n: int, apply: Any, x: mx.array = x, width: int = in_dim) -> mx.array:
-                for i in range(n):  # each reads what the one before wrote; views cost a launch for several tokens
-                    y = apply(i, x)
-                    x = y[:, :width] if width <= y.shape[1] else mx.concatenate([y, y], axis=1)
-                return x
-
-            stock = microseconds(lambda n, c=copies: run(n, lambda i, y: c[i % len(c)].apply(y)), 64)
-            custom = microseconds(lambda n, o=ours: run(n, lambda i, y: o[i % len(o)](y)[0]), 64)
-            row(f"matvec {out} x {in_dim}, {bits} bits, {tokens} tokens", stock, custom, nbytes(copies[0]))
-    sizes = ((512, 8), (1, 8), (512, 4), (512, 4))
-    sets = [[random_matrix((out, 2048), bits, 64, dtype) for out, bits in sizes] for _ in range(16)]
-    mine = [BatchedMatvec(launcher, s, dtype) for s in sets]
-    x = mx.random.normal((1, 2048)).astype(dtype)
-    stock = microseconds(lambda n: [w.apply(x) for i in range(n) for w in sets[i % 16]], 64)
-    custom = microseconds(lambda n: [mine[i % 16](x) for i in range(n)], 64)
-    row("router + shared gates + up, 8|8|4|4 bits (no chain)", stock, custom, nbytes(*sets[0]))
-
-
-def _mixture(launcher: Launcher, dtype: mx.Dtype) -> None:
-    count, top_k, size, hidden = 512, 10, 2048, 512
-
-    def feed_forward(*lead: int) -> QuantizedMlp:
-        wide, narrow = (*lead, hidden, size), (*lead, size, hidden)
-        return QuantizedMlp(*(random_matrix(s, 4, 64, dtype) for s in (wide, wide, narrow)))
-
-    stacks = [(feed_forward(count), feed_forward()) for _ in range(3)]
-    ours = [Experts(launcher, e, s, dtype, gated=True) for e, s in stacks]
-    for tokens in (1, 4, 16):
-        chosen = mx.random.randint(0, count, (tokens, top_k)).astype(mx.uint32)
-        weights = mx.full((tokens, top_k), 0.1)
-        logit = mx.zeros((tokens, 1), dtype)
-        x = mx.random.normal((tokens, size)).astype(dtype)
-
-        given = (chosen, weights, logit)
-
-        def stock(n: int, x: mx.array = x, given: Any = given) -> mx.array:
-            for i in range(n):
-                x = _stock_mixture(*stacks[i % 3], x, *given)
-            return x
-
-        def custom(n: int, x: mx.array = x, given: Any = given) -> mx.array:
-            for i in range(n):
-                x = ours[i % 3](x, *given)
-            return x
-
-        each = nbytes(stacks[0][0].gate, stacks[0][0].up, stacks[0][0].down) // count
-        distinct = len(set(np.array(chosen).flatten().tolist()))
-        needed = each * distinct + nbytes(stacks[0][1].gate, stacks[0][1].up, stacks[0][1].down)
-        row(
-            f"top 10 of 512 experts + shared, {tokens} tokens",
-            microseconds(stock, 24),
-            microseconds(custom, 24),
-            needed,
-        )
-
-
-def _stock_mixture(
-    experts: QuantizedMlp, shared: QuantizedMlp, x: mx.array, chosen: mx.array, weights: mx.array, logit: mx.array
-) -> mx.array:
-    g, u = (w.gather(x[:, None, None], chosen, ordered=False) for w in (experts.gate, experts.up))
-    y = experts.down.gather(g * mx.sigmoid(g) * u, chosen, ordered=False).squeeze(-2)
-    g, u = shared.gate.apply(x), shared.up.apply(x)
-    z = shared.down.apply(g * mx.sigmoid(g) * u)
-    return (y * weights[..., None].astype(y.dtype)).sum(axis=1) + mx.sigmoid(logit) * z
-
-
-def _small(launcher: Launcher, dtype: mx.Dtype) -> None:
-    logits = mx.random.normal((1, 512)).astype(dtype)
-    route = Router(launcher, 10, normalize=True)
-
-    def stock_route(n: int) -> list[mx.array]:
-        outs = []
-        for i in range(n):
-            scores = (logits + i).astype(mx.float32)
-            chosen = mx.argsort(-scores, axis=-1)[:, :10]
-            weights = mx.take_along_axis(mx.softmax(scores, axis=-1), chosen, axis=-1)
-            outs.append(weights / weights.sum(axis=-1, keepdims=True))
-        return outs
-
-    custom = microseconds(lambda n: [route(logits + i)[1] for i in range(n)], 200)
-    row("router: softmax, top 10 of 512 (no chain, and an add)", microseconds(stock_route, 200), custom, 0)
-
-    x, weight = mx.random.normal((1, 2048)).astype(dtype), mx.ones((2048,), dtype)
-    add_norm = AddNorm(launcher, weight, 1e-6)
-
-    def chain(n: int, apply: Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]) -> mx.array:
-        a, b = x, x
-        for _ in range(n):
-            a, b = apply(a, b)
-        return b
-
-    def stock_norm(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-        total = a + b
-        return total, mx.fast.rms_norm(total, weight, 1e-6)
-
-    row(
-        "add and norm, 2048",
-        microseconds(lambda n: chain(n, stock_norm), 200),
-        microseconds(lambda n: chain(n, add_norm), 200),
-        0,
-    )
-
-
-def _delta(launcher: Launcher, dtype: mx.Dtype) -> None:
-    graph = program(layers=1)
-    node = graph.gated_deltas[0]
-    cache = CacheConfig(blocks=1, block_size=16, state_slots=4)
-    weights: Any = RandomWeights(dtype)
-    pool = executors.StatePool(node.spec, cache, dtype)
-    binding: Any = SimpleNamespace(weights=weights, kv_pools=(), state_pools=(pool,))
-    stock = STOCK[ops.GatedDelta](node, binding)
-    decode = DeltaStep(launcher, node, stock)  # type: ignore[arg-type]
-    for sequences in (1, 4):
-        values = {
-            column.value.index: mx.random.normal((sequences, column.value.dim)).astype(dtype)
-            for column in (node.q, node.k, node.v, node.z, node.b, node.a)
-        }
-        group: Any = SimpleNamespace(
-            slots=tuple(range(sequences)), new=1, rows=slice(0, sequences), continued=None, context=1
-        )
-        step: Any = SimpleNamespace(groups=[group], tokens=mx.zeros((sequences,), mx.int32))
-
-        def stock_run(n: int, values: Any = values, step: Any = step) -> list[mx.array]:
-            for _ in range(n):
-                stock(step, values)
-            return [values[node.out.index], *pool.arrays()]
-
-        def custom_run(n: int, values: Any = values, group: Any = group) -> list[mx.array]:
-            conv, memory = pool.read(group)
-            for _ in range(n):
-                out, conv, memory = decode(values, group, conv, memory)
-            pool.write(group, conv, memory)
-            return [out, conv, memory]
-
-        moved = 2 * 4 * sequences * node.spec.value_heads * node.spec.value_dim * node.spec.key_dim
-        row(f"gated delta, {sequences} sequences", microseconds(stock_run, 16), microseconds(custom_run, 16), moved)
-
-
-# --- the whole model ---
-
-
-def model(launcher: Launcher, layers: int) -> None:
-    """Tokens a second of the executor, stock and custom, Python included."""
-    graph = program(layers)
-    cache = CacheConfig(blocks=2048, block_size=16, state_slots=16)
-    executors.Weights = RandomWeights  # type: ignore[assignment,misc]
-    options = ExecutorOptions(max_tokens=4096, dtype="bfloat16")
-    for label, table in (("custom", custom_table(launcher)), ("stock", STOCK)):
-        start = time.perf_counter()
-        executor = executors.MlxExecutor(graph, cache, options, mx.gpu, table)
-        made = time.perf_counter() - start
-        print(f"{label}: {mx.get_active_memory() / 1e9:.1f} GB made in {made:.1f} s", flush=True)
-        for count in (1, 4, 16):
-            for _ in range(3):  # fresh contexts of 64, then warm steps
-                executor.run(_batch(count, 64, 1, cache))
-            times = []
-            for i in range(16):
-                start = time.perf_counter()
-                executor.run(_batch(count, 65 + i, 1, cache))
-                times.append(time.perf_counter() - start)
-            each = statistics.median(times)
-            print(
-                f"{label}: decode, {count} sequences: {count / each:.1f} tok/s in all, {each * 1e3:.2f} ms a step",
-                flush=True,
-            )
-        for new in (512, 2048):
-            times = []
-            for _ in range(3):
-                start = time.perf_counter()
-                executor.run(_batch(1, 0, new, cache))
-                times.append(time.perf_counter() - start)
-            print(f"{label}: prefill {new}: {new / min(times):.0f} tok/s", flush=True)
-        del executor
-        mx.clear_cache()
-
-
-def _batch(sequences: int, context: int, new: int, cache: CacheConfig) -> Batch:
-    each = cache.blocks // 16
-    needed = -(-(context + new) // cache.block_size)
-    return Batch(
-        tokens=np.arange(sequences * new, dtype=np.int32) % 1000,
-        query_starts=np.arange(sequences + 1, dtype=np.int32) * new,
-        context_lengths=np.full(sequences, context, np.int32),
-        block_tables=(np.arange(sequences)[:, None] * each + np.arange(needed)).astype(np.int32),
-        state_slots=np.arange(sequences, dtype=np.int32),
-        logit_rows=(np.arange(1, sequences + 1) * new - 1).astype(np.int32),
-    )
-
-
-def main() -> None:
+def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("parity", "kernels", "model"))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--layers", type=int, default=48, help="of the model (default 48)")
-    parser.add_argument("--on-host", action="store_true", help="parity without a GPU: the Metal text on the host")
+    parser.add_argument("--json", type=Path, help="keep the results there, with those of other parts")
+    parser.add_argument("--show", type=Path, metavar="JSON", help="print the table of a file, and measure nothing")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # one part, in this process
     args = parser.parse_args()
-    if args.on_host:
-        from tests.metal.host import HostMetal
-
-        host = HostMetal(in_place=frozenset({"keys", "cached"}))
-        mx.set_default_device(mx.cpu)
-        parity(Launcher("metal", host.kernel), mx.cpu)
-        return
-    launcher = Launcher.of_this_machine()
-    if launcher is None:
-        parser.exit(1, "MLX has no GPU here\n")
-    for what in args.what:
-        print(f"--- {what}", flush=True)
-        if what == "parity":
-            parity(launcher, mx.gpu)
-        elif what == "kernels":
-            kernels(launcher)
-        else:
-            model(launcher, args.layers)
+    if unknown := [part for part in args.parts if part not in PARTS]:
+        parser.error(f"unknown part {unknown[0]!r}; choose of {', '.join(PARTS)}")
+    if args.show is not None:
+        print("\n".join(Report.load(args.show).lines()))
+        return 0
+    if args.here:
+        for part in args.parts:
+            measure(part, args.layers).save(args.json)
+        return 0
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        kept = args.json or Path(folder) / "results.json"
+        for part in args.parts or PARTS:  # a device gives its memory back only when the process ends
+            print(f"--- {part}", flush=True)
+            command = [sys.executable, "-m", "bench.gpu", part, "--here", "--json", str(kept)]
+            done = subprocess.run([*command, "--layers", str(args.layers)], check=False)
+            failed += [part] if done.returncode else []
+        print()
+        print("\n".join(Report.load(kept).lines()) if kept.exists() else "nothing was measured")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return len(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

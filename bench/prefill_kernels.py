@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from bench.gpu_shapes import config, shapes_only
 from mixbit.kernels import ops
 from mixbit.kernels.cuda.compiler import Compiler, Source
 from mixbit.kernels.cuda.driver import Buffer, Device, Launch, Module
@@ -26,10 +27,14 @@ from mixbit.kernels.cuda.prefill_moe import MlpWeights, Moe, MoeScratch
 from mixbit.kernels.cuda.prefill_rows import AddNorm
 from mixbit.kernels.executor import Batch
 from mixbit.kernels.ops import AttentionSpec, Columns, GatedDeltaSpec, MlpSpec, MoeSpec, Norm, ProgramBuilder
-from mixbit.kernels.spec import DenseTensor, QuantizedTensor
+from mixbit.kernels.spec import DenseTensor
 
 BANDWIDTH, RATE = 4.0e12, 790e12
-HIDDEN, EXPERTS, TOP_K, FFN, BLOCK_SIZE = 2048, 512, 10, 512, 32
+BLOCK_SIZE = 32
+SIZES = config()
+HIDDEN, EXPERTS, TOP_K, FFN = (
+    SIZES[name] for name in ("hidden_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -129,24 +134,19 @@ def linear(bench: Bench, label: str, tokens: int, depth: int, sizes: Sequence[tu
     bench.time(label, made.launches(bench.load(made.sources), tokens), work=[(nbytes, 2.0 * tokens * depth * rows)])
 
 
-def shapes_only(rows: int, depth: int, *stack: int, bits: int = 4) -> QuantizedTensor:
-    shape = (*stack, rows)
-    groups = np.broadcast_to(np.zeros((), BFLOAT16), (*shape, depth // 64))
-    return QuantizedTensor(
-        "", np.broadcast_to(np.uint32(0), (*shape, depth * bits // 32)), groups, groups, bits, 64, "affine"
-    )
+def feed_forward(*stack: int) -> MlpSpec:
+    wide, narrow = (*stack, FFN, HIDDEN), (*stack, HIDDEN, FFN)
+    return MlpSpec(*(shapes_only("", shape, 4) for shape in (wide, wide, narrow)))
 
 
 def moe(bench: Bench, tokens: int) -> None:
     spec = MoeSpec(
-        shapes_only(EXPERTS, HIDDEN, bits=8),
-        MlpSpec(
-            shapes_only(FFN, HIDDEN, EXPERTS), shapes_only(FFN, HIDDEN, EXPERTS), shapes_only(HIDDEN, FFN, EXPERTS)
-        ),
+        shapes_only("router", (EXPERTS, HIDDEN), 8),
+        feed_forward(EXPERTS),
         TOP_K,
         True,
-        MlpSpec(shapes_only(FFN, HIDDEN), shapes_only(FFN, HIDDEN), shapes_only(HIDDEN, FFN)),
-        shapes_only(1, HIDDEN, bits=8),
+        feed_forward(),
+        shapes_only("shared gate", (1, HIDDEN), 8),
     )
     weights = bench.weights
 
@@ -188,7 +188,8 @@ def moe(bench: Bench, tokens: int) -> None:
 
 
 def delta(bench: Bench, tokens: int) -> None:
-    heads, value_heads, dim = 16, 32, 128
+    heads, value_heads = SIZES["linear_num_key_heads"], SIZES["linear_num_value_heads"]
+    dim = SIZES["linear_key_head_dim"]
     channels, fused = 2 * heads * dim + value_heads * dim, 2 * dim + 4 * dim
     linear(bench, "delta", tokens, HIDDEN, [(heads * fused, 4), (2 * value_heads, 4)])
     spec = GatedDeltaSpec(
@@ -235,7 +236,7 @@ def delta(bench: Bench, tokens: int) -> None:
 
 
 def attention(bench: Bench, tokens: int) -> None:
-    heads, kv_heads, dim = 16, 2, 256
+    heads, kv_heads, dim = (SIZES[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     linear(bench, "attention", tokens, HIDDEN, [(heads * 2 * dim, 4), (kv_heads * dim, 4), (kv_heads * dim, 4)])
     norm = Norm(vector(dim), 1e-6)
     spec = AttentionSpec(heads, kv_heads, dim, dim**-0.5, ops.Rope(np.ones(32, np.float32)), norm, norm)

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Items
 import numpy as np
 import numpy.typing as npt
 
-from mixbit.kernels.executor import Backend, Batch, CacheConfig, Executor, ExecutorOptions
+from mixbit.kernels.executor import Backend, Batch, CacheConfig, Dtype, Executor, ExecutorOptions
 from mixbit.kernels.ops import Program
 
 BLOCK_SIZE = 16
@@ -16,10 +16,10 @@ BLOCK_SIZE = 16
 class Sequence:
     """One sequence of at most `capacity` tokens on a backend; blocks are taken in reverse, to be unlike their order."""
 
-    def __init__(self, backend: Backend, program: Program, capacity: int) -> None:
+    def __init__(self, backend: Backend, program: Program, capacity: int, dtype: Dtype | None = None) -> None:
         blocks = -(-capacity // BLOCK_SIZE)
         cache = CacheConfig(blocks=blocks + 1, block_size=BLOCK_SIZE, state_slots=2)
-        options = ExecutorOptions(max_tokens=capacity, threads=2)
+        options = ExecutorOptions(max_tokens=capacity, threads=2, dtype=dtype)
         self.executor: Executor = backend.compile(program, cache, options)
         self._blocks = np.arange(blocks, 0, -1, dtype=np.int32)
         self._length = 0

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from mixbit.kernels.cpu import _cpu
 from mixbit.kernels.cpu.backend import CpuBackend
 from mixbit.kernels.cuda.backend import CudaBackend
 from mixbit.kernels.executor import Backend, CacheConfig, Executor, ExecutorOptions
-from mixbit.kernels.mlx.backend import MlxBackend
+from mixbit.kernels.mlx.backend import MlxBackend, Name
 from mixbit.kernels.ops import Program
 from mixbit.kernels.reference.backend import ReferenceBackend
 from tests.kernels.builders import CACHE
@@ -32,15 +31,22 @@ class Candidate:
         return self.backend.compile(program, cache, options)
 
 
-CANDIDATES = {f"cpu-{isa}": Candidate(CpuBackend(), isa) for isa in _cpu.supported_isas()}
+CANDIDATES: dict[str, Candidate] = {}
+if CpuBackend().unavailable() is None:  # a GPU machine may do without the native module
+    from mixbit.kernels.cpu import _cpu
+
+    CANDIDATES |= {f"cpu-{isa}": Candidate(CpuBackend(), isa) for isa in _cpu.supported_isas()}
 if importlib.util.find_spec("mlx") is not None:  # a GPU machine may do without
     CANDIDATES["mlx-cpu"] = Candidate(MlxBackend("mlx-cpu"))
     if sys.platform == "linux":  # where the compiler that runs Metal's text is installed
         from tests.metal.backend import HostMetalBackend
 
         CANDIDATES["metal-on-host"] = Candidate(HostMetalBackend())
-if MlxBackend("metal").unavailable() is None:
-    CANDIDATES["metal"] = Candidate(MlxBackend("metal", own_kernels=True))
+GPUS: tuple[Name, ...] = ("metal", "cuda")
+for device in GPUS:
+    if MlxBackend(device).unavailable() is None:
+        CANDIDATES[f"mlx-{device}-stock"] = Candidate(MlxBackend(device), rounding=4.0)
+        CANDIDATES[f"mlx-{device}-own"] = Candidate(MlxBackend(device, own_kernels=True), rounding=4.0)
 if CudaBackend().unavailable() is None:
     CANDIDATES["cuda"] = Candidate(CudaBackend(), rounding=4.0)  # tensor cores truncate
 REFERENCE = Candidate(ReferenceBackend())
