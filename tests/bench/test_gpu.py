@@ -14,6 +14,7 @@ from bench.gpu_report import COPY, EXPERTS, MATVEC, Report
 from bench.gpu_shapes import batch, config
 from bench.gpu_weights import mlx_lm_model
 from mixbit.kernels.executor import CacheConfig
+from mixbit.kernels.mlx.custom.launch import Launcher
 from mixbit.kernels.mlx.stock import STOCK
 from tests.kernels.cuda.fakes import FakeDevice
 
@@ -126,8 +127,8 @@ def test_parts_are_merged_in_one_file(tmp_path: Path) -> None:
     assert "CUDA backend: device a GPU" in lines
 
 
-def test_without_a_gpu_the_parts_fail_by_name(tmp_path: Path) -> None:
-    if gpu_mlx.Launcher.of_this_machine() is not None:
+def test_without_a_gpu_the_parts_fail_by_name() -> None:
+    if Launcher.of_this_machine() is not None:
         pytest.skip("there is a GPU")
     with pytest.raises(RuntimeError, match="MLX has no GPU here"):
         gpu_mlx.measure(Report(), "stock", 1)

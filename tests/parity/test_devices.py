@@ -45,8 +45,10 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 }
 # Widest difference of a logit over the logits' standard deviation. CUDA's tensor cores truncate in float32.
 EXACT = {"cuda": 4e-4, "metal stock": 4e-4, "metal own": 4e-4, "mlx-cuda stock": 4e-4, "mlx-cuda own": 4e-4}
-ROUNDED = 0.5  # bfloat16, beside float32 arithmetic on the same rounded weights; most are far nearer, see NEAR
-NEAR = 0.05  # the root of the mean square of the same
+# bfloat16 beside float32 arithmetic on the same weights: the median over rows of a row's root mean square, over that
+# deviation. A row whose experts change by rounding is another row; one wrong width makes all of them differ by 1.
+# MLX's CPU products accumulate in bfloat16: a few per cent each.
+ROUNDED = {"mlx-cpu stock": 0.5, "metal text on host": 0.5}
 
 # Every width and group size that these sizes allow, and unquantized matrices.
 MIXED: dict[str, Width | None] = {
@@ -63,6 +65,7 @@ MIXED: dict[str, Width | None] = {
     "model.layers.2.*.o_proj": None,
     "model.layers.2.mlp.gate": None,
 }
+ON_HOST = {("qwen3_next", "bfloat16"), ("qwen3_moe", "float32")}
 TOKENS = [int(token) for token in np.random.default_rng(7).integers(0, VOCAB_SIZE, 90)]
 PIECES = (2, 70, 1, 14, 1, 1, 1)  # less than the convolution's window, across a chunk of 64, single
 
@@ -98,8 +101,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple
 def test_like_reference(
     case: Callable[[str, str], tuple[Program, FloatArray]], model_type: str, name: str, dtype: Dtype
 ) -> None:
-    if name == "metal text on host" and (sys.platform != "linux" or importlib.util.find_spec("ziglang") is None):
-        pytest.skip("the compiler that runs Metal's text is installed on Linux, by the tests' extra")
+    if name == "metal text on host":
+        if sys.platform != "linux" or importlib.util.find_spec("ziglang") is None:
+            pytest.skip("the compiler that runs Metal's text is installed on Linux, by the tests' extra")
+        if (model_type, dtype) not in ON_HOST:
+            pytest.skip("compiled kernel by kernel here: two models that have all of them, on the host")
     backend = BACKENDS[name]()
     reason = backend.unavailable()
     if reason is not None:
@@ -109,5 +115,4 @@ def test_like_reference(
     if dtype == "float32":
         assert np.abs(apart).max() < EXACT.get(name, 1e-4)
     else:
-        assert np.abs(apart).max() < ROUNDED
-        assert np.sqrt(np.mean(apart**2)) < NEAR
+        assert np.median(np.sqrt(np.mean(apart**2, axis=1))) < ROUNDED.get(name, 0.1)

@@ -44,7 +44,7 @@ def sources(model: Program, dtype: str) -> list[Source]:
         for source in sources_of(planned)
     ]
     batch = Sequences(CACHE, count=1).step({0: range(200)})
-    steps, grouped = executor._steps_of_many(), many.applies(dtype, batch)  # type: ignore[arg-type]
+    steps, grouped = executor._steps_of_many(), many.applies(dtype, batch)
     steps.upload(batch, grouped=grouped)
     if grouped:
         found += steps._prefill().sources
