@@ -14,9 +14,9 @@ from mixbit.engine.convert.requantize import ConvertOptions, convert_checkpoint
 from mixbit.engine.convert.widths import parse_override
 from mixbit.engine.loader import load
 from mixbit.engine.protocol import Delta, ExpertStats, Failed, Finished, FromWorker, Generate, Sampling
-from mixbit.kernels.cpu.backend import CpuBackend
 from mixbit.kernels.executor import Batch
-from mixbit.kernels.experts import WeightsError
+from mixbit.kernels.experts import StreamingBackend, WeightsError
+from mixbit.kernels.registry import choose
 from tests.checkpoints import VOCAB_SIZE, write_checkpoint
 
 GREEDY = Sampling(temperature=0)
@@ -31,10 +31,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def engine(model: Path, slots: int | None, **settings: Any) -> BuiltEngine:
     """slots: experts that fit; None for the resident form."""
-    least = CpuBackend().least_expert_bytes(load(model).program)
+    device = str(settings.pop("device", "cpu"))
+    backend = choose(device).backend
+    assert isinstance(backend, StreamingBackend)
+    least = backend.least_expert_bytes(load(model).program)
     config = EngineConfig(
         model=str(model),
-        device="cpu",
+        device=device,
         threads=2,
         max_running=4,
         precision="exact",
@@ -99,6 +102,18 @@ def test_texts_equal_those_of_the_resident_form(model: Path, slots: int) -> None
     assert streaming.ready.expert_bytes == streaming.executor.expert_bytes > 0  # type: ignore[attr-defined]
     assert (stats.fault, stats.leaks) == (None, 0)
     assert (resident.core.stats().experts, resident.ready.expert_bytes) == (ExpertStats(), 0)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_texts_on_mlx_equal_those_of_the_resident_form(model: Path, slots: int) -> None:
+    """slots: of each layer."""
+    resident, streaming = (engine(model, count, device="mlx-cpu") for count in (None, slots))
+    for name, tokens in PROMPTS.items():
+        assert texts(run(streaming, message(name, tokens))) == texts(run(resident, message(name, tokens)))
+    stats = streaming.core.stats()
+    assert stats.experts.misses > 0
+    assert streaming.ready.expert_bytes > 0
+    assert (stats.fault, stats.leaks) == (None, 0)
 
 
 def test_an_aborted_request_changes_nothing_for_others(model: Path) -> None:
