@@ -125,9 +125,10 @@ def report_fim(checkpoint: Path, held_out: Path, count: int) -> str:
     """A Markdown table."""
     holes = find_holes(files(held_out), count)
     lines = [f"| form of request ({len(holes)} lines) | exactly the line | parses |", "|---|---|---|"]
+    context = load(checkpoint).context_length
     with serve(checkpoint) as client:
         for name, form in FORMS.items():
-            done = fill(client, holes, form)
+            done = fill(client, holes, form, context)
             lines.append(f"| {name} | {done.exact / done.asked:.1%} | {done.parses / done.asked:.1%} |")
     return "\n".join(lines)
 

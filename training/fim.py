@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-BEFORE, AFTER = 2000, 1000  # characters around the hole that are sent
+MOST = 3000  # characters around the hole that are sent: two thirds of them from before it
 START_SECONDS = 120
 _SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Assert)
 
@@ -65,21 +65,25 @@ def find_holes(texts: Iterator[str], count: int) -> list[Hole]:
     return holes
 
 
-def _raw(hole: Hole) -> str:
-    return f"<|fim_prefix|>{hole.before[-BEFORE:]}<|fim_suffix|>{hole.after[:AFTER]}<|fim_middle|>"
+def _raw(before: str, after: str) -> str:
+    return f"<|fim_prefix|>{before}<|fim_suffix|>{after}<|fim_middle|>"
 
 
-# The body of each kind of request. Editors take several lines; only these two ask for the line alone.
-FORMS: dict[str, Callable[[Hole], dict[str, Any]]] = {
-    "suffix": lambda h: {
-        "prompt": h.before[-BEFORE:], "suffix": h.after[:AFTER], "max_tokens": 64, "temperature": 0, "stop": "\n",
+Form = Callable[[str, str], dict[str, Any]]
+
+# The body of each kind of request. Editors take several lines; only the first two ask for the line alone.
+FORMS: dict[str, Form] = {
+    "suffix": lambda b, a: {"prompt": b, "suffix": a, "max_tokens": 64, "temperature": 0, "stop": "\n"},
+    "raw tokens": lambda b, a: {"prompt": _raw(b, a), "max_tokens": 64, "temperature": 0, "stop": ["\n"]},
+    "Continue": lambda b, a: {
+        "prompt": _raw(b, a),
+        "max_tokens": 128,
+        "temperature": 0.01,
+        "stream": True,
+        "stop": _CONTINUE_STOPS,
     },
-    "raw tokens": lambda h: {"prompt": _raw(h), "max_tokens": 64, "temperature": 0, "stop": ["\n"]},
-    "Continue": lambda h: {
-        "prompt": _raw(h), "max_tokens": 128, "temperature": 0.01, "stream": True, "stop": _CONTINUE_STOPS,
-    },
-    "Zed": lambda h: {"prompt": _raw(h), "max_tokens": 64, "stop": _ZED_STOPS},
-}  # fmt: skip
+    "Zed": lambda b, a: {"prompt": _raw(b, a), "max_tokens": 64, "stop": _ZED_STOPS},
+}
 
 
 @contextmanager
@@ -123,11 +127,11 @@ def complete(client: httpx.Client, body: dict[str, Any]) -> str:
     return "".join(choice["text"] for event in events for choice in json.loads(event)["choices"])
 
 
-def fill(client: httpx.Client, holes: list[Hole], form: Callable[[Hole], dict[str, Any]]) -> Filled:
-    """Ask for every hole."""
-    exact = parses = 0
+def fill(client: httpx.Client, holes: list[Hole], form: Form, context: int) -> Filled:
+    """Ask for every hole. context: tokens that the model takes; a token is more than 1.5 characters."""
+    sent, exact, parses = min(MOST, 3 * context // 2), 0, 0
     for hole in holes:
-        text = complete(client, form(hole))
+        text = complete(client, form(hole.before[-(2 * sent // 3) :], hole.after[: sent // 3]))
         exact += text.split("\n")[0].rstrip() == hole.line
         parses += _parses(hole.before + text + hole.after)
     return Filled(len(holes), exact, parses)

@@ -27,7 +27,7 @@ def read_as(matrix: Matrix, bits: int) -> QuantizedTensor:
     assert isinstance(matrix, QuantizedTensor)
     words = matrix.in_dim * bits // 32
     weight = matrix.weight.reshape(-1)[: matrix.out_dim * words].reshape(matrix.out_dim, words)
-    return replace(matrix, weight=weight, bits=bits)
+    return replace(matrix, weight=weight, bits=bits, stored=())  # not as the file holds it
 
 
 def with_routers_read_as(program: Program, bits: int) -> Program:
