@@ -9,6 +9,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 ANTHROPIC = "/v1/messages"  # paths from here on speak Anthropic's form
 
@@ -88,12 +89,21 @@ async def _on_http(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):  # made by the framework: no route, wrong method
         path = request.scope["path"][:200]
         text = {
-            404: f"No such endpoint: {request.method} {path}. See /docs for those there are.",
+            404: f"No such endpoint: {request.method} {path}. {_other_path(request, path)}",
             405: f"{request.method} is not allowed on {path}.",
         }.get(error.status_code, str(error.detail))
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         error = ApiError(error.status_code, text, code=code, headers=error.headers)
     return error_response(error, request.scope["path"])
+
+
+def _other_path(request: Request, path: str) -> str:
+    """What may have been meant: a client was given the address with `/v1` too few or too many."""
+    for other in (f"/v1{path}", path.removeprefix("/v1")):
+        scope = {**request.scope, "path": other}
+        if other not in {path, "", "/"} and any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
+            return f"Is {other} meant? Look at the client's base URL."
+    return "See /docs for those there are."
 
 
 async def _on_validation(request: Request, error: Exception) -> Response:

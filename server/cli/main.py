@@ -44,6 +44,8 @@ class _Parser(argparse.ArgumentParser):
         options = [option for action in self._actions for option in action.option_strings]
         near = difflib.get_close_matches(flag, options, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
+        if not word.startswith("-") and "--model" in options:
+            hint = f"; did you mean --model {word}?"
         self.error(f"unknown argument {flag}{hint}")
 
 

@@ -26,6 +26,10 @@ async def send(method: str, path: str, engine: FakeEngine | None = None, **optio
 async def test_unknown_paths_and_methods() -> None:
     response = await send("GET", "/v1/nothing")
     assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
+    for path, meant in (("/chat/completions", CHAT), ("/v1/v1/messages", "/v1/messages"), ("/v1/infill", "/infill")):
+        response = await send("POST", path, json={})
+        assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
+        assert f"Is {meant} meant?" in error_of(response)["message"]
     response = await send("GET", CHAT)
     assert (response.status_code, error_of(response)["code"]) == (405, "method_not_allowed")
     assert response.headers["allow"] == "POST"

@@ -86,7 +86,7 @@ def test_unsupported_model_type(tiny_checkpoint: Path, tmp_path: Path) -> None:
         (["serve", "--modle", "x"], ["--modle", "--model"]),
         (["serve", "--port", "70000"], ["70000", "65535"]),
         (["serve", "--cache-memory", "lots"], ["lots", "512M"]),
-        (["serve", "stray"], ["stray"]),
+        (["serve", "stray"], ["--model stray"]),
         (["sevre"], ["sevre", "serve"]),
     ],
 )

@@ -107,7 +107,8 @@ def coarse(x: npt.NDArray[np.float32], group: int, precision: str) -> npt.NDArra
     """Groups whose peak, squared, is more than 1.2 times the mean of the row: [rows, groups, 1]."""
     squares = np.abs(x.reshape(len(x), x.shape[1] // group, group)).max(axis=-1) ** 2
     mean = np.cumsum(squares, axis=1, dtype=np.float32)[:, -1:] / np.float32(squares.shape[1])
-    return (squares > np.float32(0 if precision == "fine" else 1.2) * mean)[..., None]
+    wide: npt.NDArray[np.bool_] = squares > np.float32(0 if precision == "fine" else 1.2) * mean
+    return wide[..., None]
 
 
 def rounded(x: npt.NDArray[np.float32], group: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
