@@ -35,7 +35,7 @@ check: $(VENV)/installed-test build/types/mixbit ## ruff, mypy --strict, import 
 
 test-metal: $(VENV)/installed-test ## the Metal kernels on this Mac's GPU against the reference, and their speed
 	@$(PY) -c 'import sys; from mixbit.kernels.mlx.backend import MlxBackend; \
-		reason = MlxBackend("metal").unavailable(); sys.exit(reason and f"no Metal to test: {reason}"); \
+		reason = MlxBackend("metal").unavailable(); reason is None or sys.exit(f"no Metal to test: {reason}"); \
 		from mixbit.kernels.mlx.custom.launch import Launcher; assert Launcher.of_this_machine(), "our kernels would not run"'
 	@$(PY) -m pytest -q tests/kernels tests/parity/test_devices.py -k "metal and not host"
 	@$(PY) -m bench.gpu operations --json build/metal.json
