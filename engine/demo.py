@@ -18,7 +18,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from mixbit.engine.errors import UserError
 
@@ -56,14 +55,6 @@ def demo_path() -> Path:
 def demo_present() -> bool:
     """Whether a complete demo of this version is there."""
     return _is_current(demo_path())
-
-
-def precision_for(reference: str, asked: Literal["exact", "fast"] | None) -> Literal["exact", "fast"]:
-    """What was asked for; else "fast", but "exact" for the demo.
-
-    Small models find their two likeliest words so near to each other that rounding may choose between them.
-    """
-    return asked or ("exact" if reference == "demo" else "fast")
 
 
 def ensure_demo(progress: Progress) -> Path:

@@ -61,8 +61,8 @@ def add_parser(commands: Any) -> None:
     model.add_argument(
         "--precision",
         choices=["fast", "exact"],
-        help="fast: on CPUs, quantized matrices take their inputs rounded to 8 bits (default, but for the demo "
-        "model); exact: as float32",
+        default="fast",
+        help="fast: on CPUs, quantized matrices take their inputs rounded to 8 bits (default); exact: as float32",
     )
 
     sampling = parser.add_argument_group("sampling (default: as the model's authors recommend)")
@@ -86,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
     from mixbit.engine.admission import RefusedError
     from mixbit.engine.build import build
     from mixbit.engine.config import EngineConfig
-    from mixbit.engine.demo import precision_for
     from mixbit.engine.download import resolve_model
     from mixbit.server.console import Steps
     from mixbit.server.model import describe_model
@@ -111,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
             top_k_experts=args.k,
             isa=args.isa,
             dtype=args.dtype,
-            precision=precision_for(args.model, args.precision),
+            precision=args.precision,
             profile=args.timing,
         )
         model = describe_model(directory, [args.model, directory.name])

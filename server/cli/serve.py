@@ -99,8 +99,8 @@ def add_parser(commands: Any) -> None:
     engine.add_argument(
         "--precision",
         choices=["fast", "exact"],
-        help="fast: on CPUs, quantized matrices take their inputs rounded to 8 bits (default, but for the demo "
-        "model); exact: as float32",
+        default="fast",
+        help="fast: on CPUs, quantized matrices take their inputs rounded to 8 bits (default); exact: as float32",
     )
 
     network = parser.add_argument_group("network and access")
@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     import msgspec
 
     from mixbit.engine.config import EngineConfig
-    from mixbit.engine.demo import precision_for, prefix_directory
+    from mixbit.engine.demo import prefix_directory
     from mixbit.engine.download import resolve_model
     from mixbit.server import serving
     from mixbit.server.console import Steps
@@ -211,13 +211,12 @@ def run(args: argparse.Namespace) -> int:
             top_k_experts=args.k,
             isa=args.isa,
             dtype=args.dtype,
+            precision=args.precision,
             log_format=args.log_format,
         ).check()
         plans = [
             serving.ModelPlan(
-                engine=msgspec.structs.replace(
-                    common, model=str(directory), precision=precision_for(given, args.precision)
-                ),
+                engine=msgspec.structs.replace(common, model=str(directory)),
                 names=served_names(given, directory, args.served_name, names),
                 chat_template=args.chat_template,
             )

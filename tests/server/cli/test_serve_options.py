@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from mixbit.engine import shipped
-from mixbit.engine.demo import precision_for
 from mixbit.engine.download import resolve_model
 from mixbit.server.cli import serve
 from mixbit.server.settings import LOOPBACK_HOSTS
@@ -118,21 +117,6 @@ def test_no_package_of_models_is_no_error(monkeypatch: pytest.MonkeyPatch) -> No
     assert shipped.default_models() == ["demo"]
     assert shipped.shipped_model("tiny-coder") is None
     assert shipped.shipped_model("../tiny-coder") is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "precisions"),
-    [
-        (["--model", "demo"], ["exact"]),
-        (["--model", "demo", "--precision", "fast"], ["fast"]),
-        (["--model", "x"], ["fast"]),
-        (["--model", "x", "--model", "demo"], ["fast", "exact"]),
-        (["--model", "x", "--model", "demo", "--precision", "exact"], ["exact", "exact"]),
-    ],
-)
-def test_the_demo_is_exact_unless_told_otherwise(arguments: list[str], precisions: list[str]) -> None:
-    args = parse(*arguments)
-    assert [precision_for(given, args.precision) for given, _ in serve.models_wanted(args)] == precisions
 
 
 @pytest.mark.parametrize(
