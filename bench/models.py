@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench.peer_gguf import write_gguf
 from mixbit.engine.demo import demo_gguf, ensure_demo
-from mixbit.engine.synth import SynthOptions, sizes_of, synthesize
+from mixbit.engine.synth import Skew, SynthOptions, sizes_of, synthesize
 
 LIKE = "qwen3-coder-next"
 
@@ -48,14 +48,28 @@ def smollm2(cache: Path) -> Pair:
 
 def qwen3_next(cache: Path, layers: int) -> Pair:
     """Qwen3-Coder-Next's real sizes with random weights: 4 bits in groups of 64 with 8-bit gates; Q4_0."""
-    name = f"{LIKE}-{layers}-layers"
-    ours, gguf = cache / name, cache / f"{name}.gguf"
+    return Pair(our_qwen3_next(cache, layers), their_qwen3_next(cache, layers), temporary=True)
+
+
+def our_qwen3_next(cache: Path, layers: int, skew: Skew | None = None) -> Path:
+    """Our directory of the pair."""
+    ours = cache / _name(layers, skew)
     if not ours.exists():
-        synthesize(LIKE, ours, SynthOptions(layers=layers), progress=_say)
+        synthesize(LIKE, ours, SynthOptions(layers=layers, skew=skew), progress=_say)
+    return ours
+
+
+def their_qwen3_next(cache: Path, layers: int, skew: Skew | None = None) -> Path:
+    """The peer's file of the pair."""
+    gguf = cache / f"{_name(layers, skew)}.gguf"
     if not gguf.exists():
         _say(f"writing {gguf.name}", 0, 1)
-        _whole(gguf, lambda path: write_gguf(path, sizes_of(LIKE, layers)))
-    return Pair(ours, gguf, temporary=True)
+        _whole(gguf, lambda path: write_gguf(path, sizes_of(LIKE, layers), skew))
+    return gguf
+
+
+def _name(layers: int, skew: Skew | None) -> str:
+    return f"{LIKE}-{layers}-layers" + ("" if skew is None else f"-{skew.picks:.0%}-on-{skew.experts:.0%}")
 
 
 def _whole(path: Path, write: Callable[[Path], object]) -> None:

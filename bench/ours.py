@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,47 @@ from mixbit.engine.benchmark import STEP_TOKENS, Driver
 from mixbit.engine.build import build
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.loader import load
+from mixbit.engine.memory_plan import plan_memory
 from mixbit.engine.protocol import Generate, Sampling
 from mixbit.kernels.executor import ExecutorOptions
+from mixbit.kernels.registry import choose
 
 
 class Engine:
-    """options: further ones of the executor."""
+    """options: further ones of the executor; `memory` and `expert_memory` as `mixbit serve` has them, in bytes.
+
+    direct: whether streamed experts are read past the page cache; None leaves it to the plan.
+    """
 
     def __init__(self, model: str, threads: int, context: int, sequences: int, options: dict[str, Any]) -> None:
         private, start = private_memory(), time.perf_counter()
         self.path, self.threads, self.core = model, threads, None
         self.model = load(Path(model))
+        memory, experts = options.pop("memory", None), options.pop("expert_memory", None)
+        direct = options.pop("direct", None)
         executor = ExecutorOptions(max_tokens=STEP_TOKENS, threads=threads, **options)
+        if memory or experts:
+            executor = self._planned(executor, context, memory, experts)
+        if executor.experts is not None and direct is not None:
+            executor = replace(executor, experts=replace(executor.experts, direct=direct))
         self.driver = Driver("cpu", self.model.program, self.model.vocab_size, context, sequences, executor)
-        self.driver.step(1, 1, 0)
+        if executor.experts is None:
+            self.driver.step(1, 1, 0)
         self.loaded = {"seconds": time.perf_counter() - start, "private": private_memory() - private}
+
+    def _planned(
+        self, options: ExecutorOptions, context: int, memory: int | None, experts: int | None
+    ) -> ExecutorOptions:
+        config = EngineConfig(model=self.path, max_running=1, memory_bytes=memory, expert_bytes=experts)
+        program, backend = self.model.program, choose("cpu").backend
+        plan = plan_memory(program, self.model.weight_bytes, config, context, backend, options)
+        print(plan.explanation, file=sys.stderr, flush=True)
+        return replace(options, max_tokens=plan.step_tokens, experts=plan.experts)
+
+    def experts(self) -> dict[str, Any]:
+        """What streaming has come to since the start."""
+        counts = [asdict(layer) for layer in self.driver.executor.expert_counts()]
+        return {name: sum(layer[name] for layer in counts) for name in counts[0]} if counts else {}
 
     def stream(self, tokens: int) -> float:
         """Seconds for `tokens` tokens of one request through scheduler, sampler and detokenizer."""
@@ -60,6 +87,8 @@ class Engine:
                 return {"seconds": self.driver.decode(**command)}
             case "stream":
                 return {"seconds": self.stream(**command)}
+            case "experts":
+                return self.experts()
             case "facts":
                 return {"weights": self.model.weight_bytes, "kv_token_bytes": self.driver.kv_token_bytes}
         raise ValueError(f"no such command: {do}")

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
+from mixbit.engine.synth import Skew, router_factor
+
 _BLOCK = 32  # values of a block of Q4_0: a float16 scale and 16 bytes of codes
 _BLOCK_BYTES = 18
 _CHUNK_BLOCKS = 1 << 20
@@ -23,17 +25,22 @@ _CHUNK_BLOCKS = 1 << 20
 
 @dataclass(frozen=True)
 class _Tensor:
-    """fill: every value; None for random ones. Matrices that are not `plain` are Q4_0, all else float32."""
+    """fill: every value; None for random ones. Matrices that are not `plain` are Q4_0, all else float32.
+
+    favoured: rows, chosen at random, that are `factor` times as large: a router's.
+    """
 
     name: str
     shape: tuple[int, ...]
     plain: bool = False
     fill: float | None = None
+    favoured: int = 0
+    factor: float = 1.0
 
 
-def write_gguf(out: Path, config: Mapping[str, Any]) -> None:
+def write_gguf(out: Path, config: Mapping[str, Any], skew: Skew | None = None) -> None:
     """Write a GGUF like the checkpoint of this config.json (model_type "qwen3_next")."""
-    tensors = list(_tensors(config))
+    tensors = list(_tensors(config, skew))
     writer = gguf.GGUFWriter(str(out), "qwen3next")
     _write_sizes(writer, config)
     for tensor in tensors:
@@ -80,7 +87,10 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_Q4_0))
 
 
-def _tensors(config: Mapping[str, Any]) -> Iterator[_Tensor]:
+def _tensors(config: Mapping[str, Any], skew: Skew | None) -> Iterator[_Tensor]:
+    favoured, factor = 0, 1.0
+    if skew is not None:
+        favoured, factor = round(skew.experts * config["num_experts"]), router_factor(config, skew)
     size, experts, inner = config["hidden_size"], config["num_experts"], config["moe_intermediate_size"]
     shared, vocab = config["shared_expert_intermediate_size"], config["vocab_size"]
     yield _Tensor("token_embd.weight", (vocab, size))
@@ -92,7 +102,7 @@ def _tensors(config: Mapping[str, Any]) -> Iterator[_Tensor]:
         yield _Tensor(f"{path}.attn_norm.weight", (size,), plain=True, fill=1)
         yield from _attention(path, config) if full else _gated_delta(path, config)
         yield _Tensor(f"{path}.post_attention_norm.weight", (size,), plain=True, fill=1)
-        yield _Tensor(f"{path}.ffn_gate_inp.weight", (experts, size), plain=True)
+        yield _Tensor(f"{path}.ffn_gate_inp.weight", (experts, size), plain=True, favoured=favoured, factor=factor)
         yield _Tensor(f"{path}.ffn_gate_inp_shexp.weight", (size,), plain=True)
         for name, rows, cols in (("gate", inner, size), ("up", inner, size), ("down", size, inner)):
             yield _Tensor(f"{path}.ffn_{name}_exps.weight", (experts, rows, cols))
@@ -129,7 +139,9 @@ def _values(tensor: _Tensor, random: np.random.Generator) -> npt.NDArray[Any]:
     if tensor.fill is not None:
         return np.full(tensor.shape, tensor.fill, np.float32)
     if tensor.plain:
-        return random.standard_normal(tensor.shape, np.float32) * np.float32(0.02)
+        values = random.standard_normal(tensor.shape, np.float32) * np.float32(0.02)
+        values[random.permutation(len(values))[: tensor.favoured]] *= np.float32(tensor.factor)
+        return values
     count = math.prod(tensor.shape) // _BLOCK
     data = np.empty((count, _BLOCK_BYTES), np.uint8)
     for start in range(0, count, _CHUNK_BLOCKS):

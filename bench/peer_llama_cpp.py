@@ -6,6 +6,7 @@ Runs in an environment of its own (`make bench` builds it natively for this mach
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from typing import Any
@@ -28,6 +29,7 @@ class Engine:
             verbose=False,
         )
         self.filled: int | None = None
+        self.random = random.Random(0)
         self.llm.eval([1])
         self.loaded = {"seconds": time.perf_counter() - start}
 
@@ -36,7 +38,7 @@ class Engine:
         self.llm.reset()
         self.llm._ctx.kv_cache_clear()
         start = time.perf_counter()
-        self.llm.eval([100 + i % 1000 for i in range(tokens)])
+        self.llm.eval([self.random.randrange(100, self.llm.n_vocab()) for _ in range(tokens)])
         self.filled = tokens
         return time.perf_counter() - start
 
@@ -47,8 +49,8 @@ class Engine:
         if self.filled != context or not self._rewind(context):
             self.prefill(context)
         start = time.perf_counter()
-        for i in range(tokens):
-            self.llm.eval([100 + i % 1000])
+        for _ in range(tokens):
+            self.llm.eval([self.random.randrange(100, self.llm.n_vocab())])
         return time.perf_counter() - start
 
     def _rewind(self, context: int) -> bool:

@@ -44,6 +44,11 @@ class Side:
         )
         self.loaded = self._read(timeout=300)
 
+    @property
+    def pid(self) -> int:
+        """Of the child process."""
+        return self._process.pid
+
     def ask(self, **command: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
         try:

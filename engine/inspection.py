@@ -14,9 +14,11 @@ from typing import Any
 
 import msgspec
 
+from mixbit.engine.config import EngineConfig
 from mixbit.engine.loader import LoadedModel, load
 from mixbit.engine.protocol import ModelDescription, TensorClass
 from mixbit.engine.sizing import available_memory, block_bytes, slot_bytes
+from mixbit.engine.streaming import Streaming, describe_streaming
 from mixbit.kernels.ops import (
     AddNorm,
     Attention,
@@ -90,6 +92,7 @@ class Report:
     skipped: Mapping[str, int]  # part of the checkpoint -> tensors
     warnings: tuple[str, ...]
     memory: Memory
+    streaming: Streaming | None  # None if all stay in memory
 
     @property
     def parameters(self) -> int:
@@ -160,11 +163,11 @@ def describe(model: LoadedModel) -> ModelDescription:
     )
 
 
-def inspect_model(path: Path, *, available: int | None = None) -> Report:
-    """Describe the model directory at `path` without reading its weights.
+def inspect_model(path: Path, *, available: int | None = None, config: EngineConfig | None = None) -> Report:
+    """Describe the model directory at `path` without reading its weights, but for some experts if they are streamed.
 
-    available: bytes of memory to plan with; None takes what this machine has now. Raises CheckpointError
-    for whatever would keep the model from being served.
+    available: bytes of memory to judge by; None takes what this machine has now. config: how it would be served; None
+    tells nothing of streaming. Raises CheckpointError for whatever would keep the model from being served.
     """
     model = load(path)
     description = describe(model)
@@ -180,6 +183,7 @@ def inspect_model(path: Path, *, available: int | None = None) -> Report:
         skipped=dict(Counter(_part(name) for name in model.skipped)),
         warnings=model.warnings,
         memory=_memory(model, available_memory() if available is None else available),
+        streaming=None if config is None else describe_streaming(model, config),
     )
 
 

@@ -73,7 +73,7 @@ def _streaming(
     backend: StreamingBackend,
     options: ExecutorOptions,
 ) -> MemoryPlan:
-    budget = int(config.memory_share * usable_memory(config))
+    budget = _budget(config)
     left = budget - dense - _own_memory()
     step = options.max_tokens
     if config.step_tokens is None:
@@ -107,6 +107,12 @@ def _streaming(
         f"{'past' if direct else 'by way of'} the page cache ({why}); {_gigabytes(dense)} of weights stay in memory, "
         f"steps take {step} tokens",
     )
+
+
+def _budget(config: EngineConfig) -> int:
+    """What was given; else what is free, but for a sixteenth that other programs may come to need."""
+    usable = usable_memory(config)
+    return int(config.memory_share * (usable if config.memory_bytes else usable * 15 // 16))
 
 
 def _all_slots(streamed: int) -> int:

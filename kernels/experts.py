@@ -6,8 +6,9 @@ and stays there until others are worth more. The dense part of a model is never 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mixbit.kernels.ops import Moe, Program
@@ -64,6 +65,14 @@ class StreamingBackend(Protocol):
 
 
 @runtime_checkable
+class MeasuresReads(Protocol):
+    """A backend that can tell what the disk gives."""
+
+    def read_rate(self, program: Program, *, direct: bool, count: int) -> float:
+        """Bytes per second at which `count` experts, chosen at random, are read from their files."""
+
+
+@runtime_checkable
 class StreamingExecutor(Protocol):
     """An executor that was compiled with ExecutorOptions.experts."""
 
@@ -95,3 +104,9 @@ def streamable(program: Program) -> Iterator[Moe]:
 def expert_bytes(program: Program) -> int:
     """Bytes of all experts that can be streamed, as stored."""
     return sum(matrix.nbytes for node in streamable(program) for matrix in stacks(node))
+
+
+def expert_parts(node: Moe, files: Mapping[Path, int]) -> list[tuple[int, int, int]]:
+    """File, offset and bytes of expert 0 in each array of a node's stacks."""
+    places = [(place, matrix.experts or 1) for matrix in stacks(node) for place in matrix.stored]
+    return [(files[place.file], place.offset, place.nbytes // experts) for place, experts in places]

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from mixbit.kernels import ops
+from mixbit.kernels.cpu.pages import keep
 from mixbit.kernels.executor import BackendError, Batch, Bytes, CacheConfig, ExecutorOptions, Precision
-from mixbit.kernels.experts import ExpertCounts, ExpertMemory, WeightsError, stacks, streamable
+from mixbit.kernels.experts import ExpertCounts, ExpertMemory, WeightsError, expert_parts, stacks, streamable
+from mixbit.kernels.spec import Matrix, QuantizedTensor
 
 if TYPE_CHECKING:
     from mixbit.kernels.cpu import _cpu
@@ -62,6 +65,34 @@ class CpuBackend:
         """Room for one expert of each size."""
         return sum({_slot_bytes(node) for node in streamable(program)})
 
+    def read_rate(self, program: ops.Program, *, direct: bool, count: int, threads: int = _READERS) -> float:
+        """Bytes per second at which random experts are read, as many at a time as a token needs of a layer.
+
+        Raises WeightsError if one cannot be read, ValueError for a program without streamable experts.
+        """
+        from mixbit.kernels.cpu import _cpu
+
+        nodes, random = list(streamable(program)), np.random.default_rng()
+        if not nodes:
+            raise ValueError("the program has no experts in files")
+        files, chosen, total = _files(program), [], 0
+        for node in (nodes[number] for number in random.integers(len(nodes), size=count)):
+            expert = int(random.integers(node.spec.router.out_dim))
+            parts = expert_parts(node, files)
+            chosen.append([(file, offset + expert * nbytes, nbytes) for file, offset, nbytes in parts])
+            total += sum(nbytes for _, _, nbytes in parts)
+        try:
+            seconds = _cpu.read_seconds(
+                files=[str(file) for file in files],
+                experts=chosen,
+                direct=direct,
+                threads=threads,
+                together=nodes[0].spec.top_k,
+            )
+        except _cpu.ReadError as error:
+            raise WeightsError(str(error)) from None
+        return total / seconds
+
     def compile(self, program: ops.Program, cache: CacheConfig, options: ExecutorOptions) -> CpuExecutor:
         """Record the program natively and allocate its pools; quantized weights and matrices are not copied.
 
@@ -81,9 +112,12 @@ class CpuBackend:
         files = _files(program)
         _stream(native, files, options.experts)
         try:
-            return CpuExecutor(native, record(program, native, files), program.hidden.dim)
+            weights = record(program, native, files)
         except OSError as error:
             raise BackendError(str(error)) from None
+        # While experts come and go, what every token needs stays. It is read beside the first steps.
+        Thread(target=keep, args=(_dense(program),), name="dense weights", daemon=True).start()
+        return CpuExecutor(native, weights, program.hidden.dim)
 
     def _native(self, cache: CacheConfig, options: ExecutorOptions) -> _cpu.Program:
         from mixbit.kernels.cpu import _cpu
@@ -111,6 +145,29 @@ def _files(program: ops.Program) -> dict[Path, int]:
     """Numbers of the files that hold experts."""
     places = (place for node in streamable(program) for matrix in stacks(node) for place in matrix.stored)
     return {file: number for number, file in enumerate(dict.fromkeys(place.file for place in places))}
+
+
+def _dense(program: ops.Program) -> list[npt.NDArray[np.generic]]:
+    """Arrays of the matrices that every token needs, in the order of the program."""
+    matrices: dict[Matrix, None] = {}
+    for node in program.nodes:
+        match node:
+            case ops.BatchMatvec():
+                matrices |= dict.fromkeys(spec.matrix for spec in node.specs)
+            case ops.Mlp():
+                matrices |= dict.fromkeys((node.spec.gate, node.spec.up, node.spec.down))
+            case ops.Moe(spec=spec):
+                matrices |= dict.fromkeys([spec.router, *([spec.shared_gate] if spec.shared_gate else [])])
+                matrices |= dict.fromkeys((spec.shared.gate, spec.shared.up, spec.shared.down) if spec.shared else ())
+            case ops.Embed():
+                matrices[node.table] = None
+    return [array for matrix in matrices for array in _arrays(matrix)]
+
+
+def _arrays(matrix: Matrix) -> tuple[npt.NDArray[np.generic], ...]:
+    if isinstance(matrix, QuantizedTensor):
+        return matrix.weight, matrix.scales, matrix.biases
+    return (matrix.data,)
 
 
 def _stream(native: _cpu.Program, files: Mapping[Path, int], memory: ExpertMemory) -> None:

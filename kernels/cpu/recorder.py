@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mixbit.kernels import ops
 from mixbit.kernels.cpu import _cpu
-from mixbit.kernels.experts import stacks
+from mixbit.kernels.experts import expert_parts, stacks
 from mixbit.kernels.spec import DenseTensor, Matrix, QuantizedTensor
 
 _DTYPES = {
@@ -83,13 +83,9 @@ class _Recorder:
         )
 
     def _stored(self, node: ops.Moe) -> list[tuple[int, int, int]] | None:
-        """File, offset and bytes of expert 0 in every array, or None for experts that are not streamed."""
-        places = [(place, matrix.experts or 1) for matrix in stacks(node) for place in matrix.stored]
-        if not all(matrix.stored for matrix in stacks(node)) or not all(
-            place.file in self.files for place, _ in places
-        ):
-            return None
-        return [(self.files[place.file], place.offset, place.nbytes // experts) for place, experts in places]
+        """Where expert 0 lies, or None for experts that are not streamed."""
+        streamed = all(matrix.stored for matrix in stacks(node)) and bool(self.files)
+        return expert_parts(node, self.files) if streamed else None
 
     def _attention(self, node: ops.Attention) -> None:
         spec = node.spec

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixbit.server.cli.memory import add_memory_options
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -21,8 +23,9 @@ _EPILOG = """examples:
   mixbit inspect ./my-model --json | jq '.classes[] | {role, bits}'
   mixbit inspect ./my-model --routing main.py
 
-Only headers are read, but for --routing. Every width is checked against the
-shapes, as when serving. Widths that most of the model does not have stand out."""
+Only headers are read, but for --routing, and where experts would be streamed from
+disk: some of them are, to measure it. Every width is checked against the shapes,
+as when serving. Widths that most of the model does not have stand out."""
 
 
 def add_parser(commands: Any) -> None:
@@ -37,6 +40,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="directory, hub id or `demo`")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    add_memory_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object (sizes in bytes)")
     parser.add_argument(
         "--routing",
@@ -53,13 +57,15 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from mixbit.engine.config import EngineConfig
     from mixbit.engine.download import resolve_model
     from mixbit.engine.inspection import inspect_model
     from mixbit.server.console import Steps
 
     with Steps() as steps:
         path = resolve_model(args.model, revision=args.revision, progress=steps.update)
-    report = inspect_model(path)
+    config = EngineConfig(model=str(path), memory_bytes=args.memory, expert_bytes=args.expert_memory).check()
+    report = inspect_model(path, config=config)
     load = None if args.routing is None else _expert_load(path, args.routing)
     if args.json:
         routing = {} if load is None else {"routing": {"tokens": load.tokens, "counts": load.counts.tolist()}}
@@ -184,7 +190,15 @@ def _memory(report: Report) -> Table:
         cache += f", and {size(memory.state)} a sequence whatever its length"
     rows.add_row("cache", cache)
     rows.add_row("full context", f"{size(memory.full_context)} for one sequence of {report.context_length:,} tokens")
-    rows.add_row("verdict", _verdict(report))
+    if report.streaming is None:
+        rows.add_row("verdict", _verdict(report))
+        return rows
+    streaming = report.streaming
+    rows.add_row("streamed", f"{size(streaming.experts)} of experts through {size(streaming.memory)} of memory")
+    rows.add_row("resident", f"{size(streaming.resident)} that every token needs")
+    rows.add_row("disk", f"{size(streaming.disk)}/s of random experts, measured now")
+    rate = f"at most {streaming.rate:.2g} tokens per second where all experts are as likely"
+    rows.add_row("verdict", f"[yellow]experts are streamed: {rate}, {size(streaming.token_bytes)} a token[/yellow]")
     return rows
 
 

@@ -14,7 +14,7 @@ _OPTIONS = (
 )
 
 
-def add_memory_options(group: argparse._ArgumentGroup) -> None:
+def add_memory_options(group: argparse._ActionsContainer) -> None:
     """Add --memory and --expert-memory, in bytes."""
     for name, text in _OPTIONS:
         group.add_argument(name, metavar="SIZE", type=parse_size, help=text)

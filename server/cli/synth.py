@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 _EPILOG = """examples:
   mixbit synth --like qwen3-coder-next --layers 8 OUT/    7.8 GB; all 48: 45 GB
   mixbit synth --like qwen3-30b-a3b --layers 4 --bits 3 OUT/
+  mixbit synth --like qwen3-coder-next --skew 70:20 OUT/
   mixbit synth --like path/to/config.json OUT/ --override '*.switch_mlp.*=2:32'
 
 Known sizes: qwen3-coder-next, qwen3-next-80b-a3b, qwen3-30b-a3b, qwen3-0.6b,
@@ -45,9 +47,23 @@ def add_parser(commands: Any) -> None:
         default=[],
         help="another width for some modules, or GLOB=none for none; repeatable",
     )
+    parser.add_argument(
+        "--skew",
+        metavar="PICKS:EXPERTS",
+        type=_skew,
+        help="routing as in real text: 70:20 lets 70 %% of the picks fall on 20 %% of the experts (default: even)",
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the random numbers (default: 0)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a model")
     parser.set_defaults(run=run, usage_error=parser.error)
+
+
+def _skew(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"(\d{1,2}):(\d{1,2})", text)
+    picks, experts = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 0 < experts <= picks:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two percentages such as 70:20, the first the larger")
+    return picks / 100, experts / 100
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> SynthOptions:
     from mixbit.engine.convert.errors import ConvertError
     from mixbit.engine.convert.widths import DEFAULT_GROUP_SIZE, Width, parse_override
-    from mixbit.engine.synth import SynthOptions
+    from mixbit.engine.synth import Skew, SynthOptions
 
     if args.layers is not None and args.layers < 1:
         args.usage_error(f"--layers {args.layers}: expected a number above 0")
@@ -81,6 +97,7 @@ def _options(args: argparse.Namespace) -> SynthOptions:
             width=None if args.bits == 16 else Width(args.bits, group_size),
             overrides=tuple(parse_override(text, group_size) for text in args.override),
             seed=args.seed,
+            skew=None if args.skew is None else Skew(*args.skew),
         )
     except ConvertError as error:
         args.usage_error(str(error))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mixbit.engine.config import EngineConfig
 from mixbit.engine.errors import CheckpointError
 from mixbit.engine.inspection import Report, inspect_model
 from mixbit.engine.protocol import TensorClass
@@ -98,3 +99,18 @@ def test_a_config_that_lies_is_refused(tmp_path: Path) -> None:
     edit_config(path, quantization={"group_size": 32, "bits": 8})
     with pytest.raises(CheckpointError, match="claims 8 bits, group 32, but the tensors hold 4 bits, group 64"):
         inspect_model(path)
+
+
+def test_experts_that_do_not_fit_are_told_with_a_prediction(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model", "qwen3_moe", config={"num_experts": 32, "num_experts_per_tok": 4})
+    config = EngineConfig(model=str(path), device="cpu", expert_bytes=400_000, cache_bytes=20_000_000)
+    streaming = inspect_model(path, config=config).streaming
+    assert streaming is not None
+    experts = [each for each in inspect_model(path).classes if each.role.startswith("experts")]
+    assert streaming.experts == sum(each.size for each in experts)
+    assert streaming.token_bytes == sum(each.token_bytes for each in experts) == streaming.experts / 8
+    assert (streaming.memory, streaming.resident) == (400_000, inspect_model(path).size - streaming.experts)
+    left = 1 - streaming.memory / streaming.experts
+    assert streaming.rate == pytest.approx(streaming.disk / (streaming.token_bytes * left))
+    assert streaming.disk > 0
+    assert inspect_model(path, config=EngineConfig(model=str(path), device="cpu")).streaming is None

@@ -13,9 +13,10 @@ import pytest
 from mixbit.engine.convert.widths import Width, parse_override
 from mixbit.engine.errors import UserError
 from mixbit.engine.loader import load
-from mixbit.engine.synth import SynthError, SynthOptions, sizes_of, synthesize, tensor_shapes
+from mixbit.engine.synth import Skew, SynthError, SynthOptions, sizes_of, synthesize, tensor_shapes
 from mixbit.engine.synth_sizes import SIZES
 from mixbit.engine.tokenizer import load_tokenizer
+from mixbit.kernels.ops import Moe
 from mixbit.kernels.quantize import dequantize
 from mixbit.kernels.spec import QuantizedTensor
 from tests.checkpoints import CONFIGS, write_checkpoint
@@ -127,3 +128,34 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(SynthError, match=r"the checkpoint takes .* GB; .* has .* GB free"):
         attempt("qwen3-coder-next", layers=9_999)
     assert not (tmp_path / "out").exists()
+
+
+def test_routing_is_skewed_as_asked(tmp_path: Path) -> None:
+    """Of normal inputs, seven in ten picks fall on a fifth of the experts, which differ from layer to layer."""
+    sizes = {"num_experts": 200, "num_experts_per_tok": 4, "hidden_size": 512}
+    config = config_file(tmp_path / "c.json", "qwen3_moe", **sizes)
+    synthesize(config, tmp_path / "out", SynthOptions(skew=Skew(0.7, 0.2), seed=3), progress=quiet)
+    inputs = np.random.default_rng(0).standard_normal((2000, 512)).astype(np.float32)
+    favoured = []
+    for node in load(tmp_path / "out").program.nodes:
+        if isinstance(node, Moe):
+            assert isinstance(node.spec.router, QuantizedTensor)
+            logits = inputs @ dequantize(node.spec.router).T
+            picks = np.bincount(np.argsort(logits, axis=1)[:, -4:].ravel(), minlength=200)
+            assert np.sort(picks)[-40:].sum() / picks.sum() == pytest.approx(0.7, abs=0.06)
+            favoured.append(frozenset(np.argsort(picks)[-20:].tolist()))
+    assert len(set(favoured)) == len(favoured) == 3
+
+
+@pytest.mark.parametrize(
+    ("model_type", "skew", "message"),
+    [
+        ("llama", Skew(0.7, 0.2), "has no experts"),
+        ("qwen3_moe", Skew(0.9, 0.2), "90% of the picks cannot fall on 20% of the experts where 3 of 8 are chosen"),
+    ],
+)
+def test_a_skew_that_cannot_be_had_is_refused(tmp_path: Path, model_type: str, skew: Skew, message: str) -> None:
+    with pytest.raises(SynthError, match=message):
+        synthesize(
+            config_file(tmp_path / "c.json", model_type), tmp_path / "out", SynthOptions(skew=skew), progress=quiet
+        )

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from mixbit.engine.client import EngineState
-from mixbit.engine.protocol import Generate, Stats
+from mixbit.engine.protocol import ExpertStats, Generate, Stats
 from mixbit.server.settings import Access
 from tests.fakes import FakeEngine, Reply, failure, refusal
 from tests.server.running import numbers, start, until
@@ -141,6 +141,26 @@ async def test_what_the_engine_holds() -> None:
         found = await metrics(client)
         assert found["mixbit_ready"] == found["mixbit_requests_running"] == found["mixbit_cache_bytes"] == 0
         assert found["mixbit_worker_restarts_total"] == 4
+
+
+async def test_what_streaming_costs_and_that_weights_cannot_be_read() -> None:
+    streamed = ExpertStats(hits=7, misses=3, bytes_read=900, read_seconds=0.5, wait_seconds=0.25)
+    engine = FakeEngine(stats=Stats(experts=streamed, fault="model.safetensors: cannot be read at byte 7"))
+    async with connect(engine) as client:
+        found = await metrics(client)
+        health = await client.get("/health")
+    expected = {
+        "mixbit_expert_hits_total": 7,
+        "mixbit_expert_misses_total": 3,
+        "mixbit_expert_read_bytes_total": 900,
+        "mixbit_expert_read_seconds_total": 0.5,
+        "mixbit_expert_wait_seconds_total": 0.25,
+        "mixbit_expert_memory_bytes": 0,
+        "mixbit_weights_unreadable": 1,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert health.status_code == 503
+    assert health.json() == {"status": "failed", "detail": "model.safetensors: cannot be read at byte 7"}
 
 
 async def test_a_key_is_needed_where_the_api_needs_one() -> None:

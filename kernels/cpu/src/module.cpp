@@ -176,8 +176,8 @@ void write(const Pieces& pieces, std::int64_t number, const Bytes& data) {
 
 }  // namespace
 
-void bind_matmul(nb::module_& m);     // bind_matmul.cpp
-void bind_residency(nb::module_& m);  // bind_residency.cpp
+void bind_matmul(nb::module_& m);   // bind_matmul.cpp
+void bind_experts(nb::module_& m);  // bind_experts.cpp
 
 }  // namespace mixbit
 
@@ -206,9 +206,7 @@ NB_MODULE(_cpu, m) {
            nb::arg("group_size"), nb::arg("experts"), nb::arg("rows"), nb::arg("cols"));
 
   bind_matmul(m);
-  bind_residency(m);
-
-  nb::exception<ReadError>(m, "ReadError", PyExc_OSError);
+  bind_experts(m);
 
   nb::class_<Program>(m, "Program")
       .def(
