@@ -23,9 +23,9 @@ _EPILOG = """examples:
   mixbit inspect ./my-model --json | jq '.classes[] | {role, bits}'
   mixbit inspect ./my-model --routing main.py
 
-Only headers are read, but for --routing, and where experts would be streamed from
-disk: some of them are, to measure it. Every width is checked against the shapes,
-as when serving. Widths that most of the model does not have stand out."""
+Only headers are read, but for --routing, and where experts would be streamed
+from disk: some of them are, to measure it. Every width is checked against the
+shapes, as when serving. Widths that most of the model does not have stand out."""
 
 
 def add_parser(commands: Any) -> None:
