@@ -103,7 +103,7 @@ class Pace:
             self._largest = prefill
             self._alone.clear()
         if 2 * prefill >= self._largest:
-            self._alone.append(max(seconds, 0.0) / prefill / base)
+            self._alone.append(max(seconds, _LEAST) / prefill / base)
 
     def _base(self, decodes: int) -> float | None:
         """Seconds of a step of decodes alone: the second least that was measured, since noise only adds to it."""

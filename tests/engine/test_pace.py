@@ -173,3 +173,12 @@ def test_the_warm_up_times_what_it_runs(blocks: int, step_tokens: int, context: 
     assert any(load.attended > 1000 * load.prefill for load, _ in timed) == (context == 4096)
     for load, seconds in timed:
         assert seconds >= 0.9e-3 * (load.prefill + load.decodes) + 0.9e-6 * load.attended
+
+
+def test_a_prompt_that_was_quicker_than_its_attention_seemed_to_cost() -> None:
+    pace = Pace(64)
+    for _ in range(2):
+        pace.note(Load(1), 0.01)
+    pace.note(Load(1, 4, 4 * 1000), 10.0)  # a bad moment: keys look dear
+    pace.note(Load(0, 8, 8 * 2000), 0.01)
+    assert pace.limit(1, 0) >= 1
