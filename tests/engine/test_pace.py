@@ -179,6 +179,7 @@ def test_a_prompt_that_was_quicker_than_its_attention_seemed_to_cost() -> None:
     pace = Pace(64)
     for _ in range(2):
         pace.note(Load(1), 0.01)
+    pace.note(Load(1, 4), 0.012)
     pace.note(Load(1, 4, 4 * 1000), 10.0)  # a bad moment: keys look dear
     pace.note(Load(0, 8, 8 * 2000), 0.01)
     assert pace.limit(1, 0) >= 1
