@@ -9,8 +9,8 @@
 namespace mixbit {
 namespace {
 
-// A group of activations is rounded twice if the square of its peak is more than this multiple of the row's mean: one in
-// eight groups, which make most of the error (bench/LEDGER.md). Routers' always: other experts are another model.
+// A group of activations is rounded twice if the square of its peak is more than this multiple of the row's mean: the
+// few that make most of the error (bench/LEDGER.md). Routers' always: other experts are another model.
 constexpr float spread_of(Precision precision) { return precision == Precision::fine ? 0.0f : 1.2f; }
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
