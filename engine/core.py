@@ -180,6 +180,8 @@ class EngineCore:
             ExpertStats(
                 hits=layer.hits,
                 misses=layer.misses,
+                ahead=layer.ahead,
+                unused=layer.unused,
                 bytes_read=layer.bytes_read,
                 read_seconds=layer.read,
                 wait_seconds=layer.wait,

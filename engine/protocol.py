@@ -183,11 +183,14 @@ class Ready(Message, frozen=True):
 
 
 class ExpertStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Streamed experts since the start: asked for by steps and in memory, or not; bytes and seconds of reading;
-    seconds in which steps waited for it, and in which they computed experts."""
+    """Streamed experts since the start: asked for by steps and in memory, or not; of the latter, begun to be read
+    before they were asked for; read ahead in vain; bytes and seconds of reading; seconds in which steps waited for it,
+    and in which they computed experts."""
 
     hits: int = 0
     misses: int = 0
+    ahead: int = 0
+    unused: int = 0
     bytes_read: int = 0
     read_seconds: float = 0
     wait_seconds: float = 0

@@ -41,12 +41,15 @@ class ExpertMemory:
 class ExpertCounts:
     """One streamed layer since the start. hits, misses: experts that steps asked for, in memory or not.
 
-    bytes_read: from the files. Seconds: read, while anything was being read for the layer; wait, while there was
-    nothing to compute; compute, of experts.
+    ahead: misses of which something had been read before they were asked for. unused: experts of which something was
+    read ahead, and not asked for. bytes_read: from the files. Seconds: read, while anything was being read for
+    the layer; wait, while there was nothing to compute; compute, of experts.
     """
 
     hits: int
     misses: int
+    ahead: int
+    unused: int
     bytes_read: int
     read: float
     wait: float

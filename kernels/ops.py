@@ -238,6 +238,17 @@ class SelectRows:
 Node = Embed | RmsNorm | AddNorm | BatchMatvec | Attention | GatedDelta | Mlp | Moe | SelectRows
 
 
+def outputs_of(node: Node) -> tuple[Value, ...]:
+    """Values that a node makes."""
+    match node:
+        case AddNorm():
+            return (node.total, node.out)
+        case BatchMatvec():
+            return node.outs
+        case _:
+            return (node.out,)
+
+
 def kind(node: Node) -> str:
     """The node's class in snake case ("batch_matvec"): its name in profiles."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(node).__name__).lower()

@@ -37,6 +37,8 @@ _COUNTERS = {
     "leaks": "Times that something was held when nothing ran",
     "expert_hits": "Streamed experts that steps asked for and found in memory",
     "expert_misses": "Streamed experts that were read from disk",
+    "expert_reads_ahead": "Of these, those of which something had been read before they were asked for",
+    "expert_reads_unused": "Streamed experts of which something was read in vain, before they might be asked for",
     "expert_read_bytes": "Bytes of streamed experts read from disk",
     "expert_read_seconds": "Time in which the disk was read, each layer for itself",
     "expert_wait_seconds": "Time in which steps waited for the disk",
@@ -130,6 +132,8 @@ class _EngineCollector(Collector):
             gauges["expert_memory_bytes"].add_metric([name], ready.expert_bytes if ready and engine.stats else 0)
             counters["expert_hits"].add_metric([name], stats.experts.hits)
             counters["expert_misses"].add_metric([name], stats.experts.misses)
+            counters["expert_reads_ahead"].add_metric([name], stats.experts.ahead)
+            counters["expert_reads_unused"].add_metric([name], stats.experts.unused)
             counters["expert_read_bytes"].add_metric([name], stats.experts.bytes_read)
             counters["expert_read_seconds"].add_metric([name], stats.experts.read_seconds)
             counters["expert_wait_seconds"].add_metric([name], stats.experts.wait_seconds)

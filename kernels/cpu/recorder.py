@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mixbit.kernels import ops
 from mixbit.kernels.cpu import _cpu
-from mixbit.kernels.experts import expert_parts, stacks
+from mixbit.kernels.experts import expert_parts, stacks, streamable
 from mixbit.kernels.spec import DenseTensor, Matrix, QuantizedTensor
 
 _DTYPES = {
@@ -32,8 +32,12 @@ def record(program: ops.Program, native: _cpu.Program, files: Mapping[Path, int]
     recorder = _Recorder(native, files)
     for value in program.values:
         native.value(value.dim, value.rows is ops.Rows.SELECTED)
+    ahead = _mixer_inputs(program, streamable(program)) if files else {}
     for node in program.nodes:
         recorder.node(node)
+        for value in ops.outputs_of(node):
+            for layer, norm, moe in ahead.get(value, ()):
+                recorder.read_ahead(value, layer, norm, moe)
     native.finish(program.logits.index, program.hidden.index)
     return tuple(recorder.weights.values())
 
@@ -81,6 +85,10 @@ class _Recorder:
             stored=self._stored(node),
             out=node.out.index,
         )
+
+    def read_ahead(self, x: ops.Value, layer: int, norm: ops.Norm, node: ops.Moe) -> None:
+        spec = node.spec
+        self.native.read_ahead(x.index, _norm(norm), self._weight(spec.router), top_k=spec.top_k, layer=layer)
 
     def _stored(self, node: ops.Moe) -> list[tuple[int, int, int]] | None:
         """Where expert 0 lies, or None for experts that are not streamed."""
@@ -133,6 +141,22 @@ class _Recorder:
         if matrix not in self.weights:
             self.weights[matrix] = _weight(matrix)
         return self.weights[matrix]
+
+
+def _mixer_inputs(
+    program: ops.Program, moes: Iterable[ops.Moe]
+) -> dict[ops.Value, list[tuple[int, ops.Norm, ops.Moe]]]:
+    """Layers of experts, with their numbers, by the value that a mixer's output is added to before the router has it.
+
+    With the norm of that sum: the value alone, so normed, already tells most of what the router will choose.
+    """
+    sums = {node.out: node for node in program.nodes if isinstance(node, ops.AddNorm)}
+    whole = {node.out: node.x for node in program.nodes if isinstance(node, ops.SelectRows)}
+    found: dict[ops.Value, list[tuple[int, ops.Norm, ops.Moe]]] = {}
+    for layer, moe in enumerate(moes):
+        if (made := sums.get(moe.x)) is not None:
+            found.setdefault(whole.get(made.x, made.x), []).append((layer, made.norm, moe))
+    return found
 
 
 def _weight(matrix: Matrix) -> _cpu.Weight:

@@ -29,7 +29,7 @@ class Work:
     @property
     def writes(self) -> tuple[ops.Value, ...]:
         """Values it makes."""
-        return outputs_of(self.node) if self.out is None else (self.out,)
+        return ops.outputs_of(self.node) if self.out is None else (self.out,)
 
 
 def inputs_of(node: ops.Node) -> tuple[ops.Value, ...]:
@@ -47,17 +47,6 @@ def inputs_of(node: ops.Node) -> tuple[ops.Value, ...]:
             return (node.x,)
 
 
-def outputs_of(node: ops.Node) -> tuple[ops.Value, ...]:
-    """Values that a node makes."""
-    match node:
-        case ops.AddNorm():
-            return (node.total, node.out)
-        case ops.BatchMatvec():
-            return node.outs
-        case _:
-            return (node.out,)
-
-
 def plain(program: ops.Program) -> tuple[Work, ...]:
     """One work for each node."""
     return tuple(Work(node) for node in program.nodes)
@@ -65,7 +54,7 @@ def plain(program: ops.Program) -> tuple[Work, ...]:
 
 def folded(program: ops.Program) -> tuple[Work, ...]:
     """A norm goes to the products that read it, a residual sum to the product that makes its summand."""
-    makers = {value: i for i, node in enumerate(program.nodes) for value in outputs_of(node)}
+    makers = {value: i for i, node in enumerate(program.nodes) for value in ops.outputs_of(node)}
     readers: defaultdict[ops.Value, list[int]] = defaultdict(list)
     for i, node in enumerate(program.nodes):
         for value in inputs_of(node):

@@ -63,7 +63,7 @@ class ExpertSlots:
 
     def counts(self) -> ExpertCounts:
         """Since the start. Nothing is computed beside a read here: the wait is the read."""
-        return ExpertCounts(self._hits, self._misses, self._bytes, self._read, self._read, self._compute)
+        return ExpertCounts(self._hits, self._misses, 0, 0, self._bytes, self._read, self._read, self._compute)
 
     def gather(self, x: mx.array, experts: mx.array) -> mx.array:
         """x [rows, dim] through experts [rows, k] -> [rows, k, dim]. Raises WeightsError."""

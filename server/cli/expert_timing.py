@@ -15,7 +15,8 @@ Layers = Sequence[ExpertStats]
 
 
 def expert_table(start: Layers, end: Layers, tokens: int) -> Table:
-    """Of decoding, between two counts: milliseconds and bytes for a token, and the share of experts in memory."""
+    """Of decoding, between two counts: milliseconds and bytes for a token, the share of experts in memory, and of
+    the others the share of which something had been read before they were asked for."""
     from rich.table import Table
 
     table = Table(title="streamed experts while decoding", show_footer=True)
@@ -27,6 +28,7 @@ def expert_table(start: Layers, end: Layers, tokens: int) -> Table:
     read = [layer.bytes_read / tokens for layer in layers]
     columns.append(("read\nper token", [size(value) for value in read], size(sum(read))))
     columns.append(("in memory", [_share([layer]) for layer in layers], _share(layers)))
+    columns.append(("guessed", [_guessed([layer]) for layer in layers], _guessed(layers)))
     for name, _, footer in columns:
         table.add_column(name, justify="right", footer=footer, no_wrap=True)
     for row in zip(*(cells for _, cells, _ in columns), strict=True):
@@ -43,3 +45,8 @@ def _share(layers: Layers) -> str:
     hits = sum(layer.hits for layer in layers)
     asked = hits + sum(layer.misses for layer in layers)
     return f"{hits / asked:.0%}" if asked else ""
+
+
+def _guessed(layers: Layers) -> str:
+    misses = sum(layer.misses for layer in layers)
+    return f"{sum(layer.ahead for layer in layers) / misses:.0%}" if misses else ""

@@ -144,7 +144,7 @@ async def test_what_the_engine_holds() -> None:
 
 
 async def test_what_streaming_costs_and_that_weights_cannot_be_read() -> None:
-    streamed = ExpertStats(hits=7, misses=3, bytes_read=900, read_seconds=0.5, wait_seconds=0.25)
+    streamed = ExpertStats(hits=7, misses=3, ahead=2, unused=1, bytes_read=900, read_seconds=0.5, wait_seconds=0.25)
     engine = FakeEngine(stats=Stats(experts=streamed, fault="model.safetensors: cannot be read at byte 7"))
     async with connect(engine) as client:
         found = await metrics(client)
@@ -152,6 +152,8 @@ async def test_what_streaming_costs_and_that_weights_cannot_be_read() -> None:
     expected = {
         "mixbit_expert_hits_total": 7,
         "mixbit_expert_misses_total": 3,
+        "mixbit_expert_reads_ahead_total": 2,
+        "mixbit_expert_reads_unused_total": 1,
         "mixbit_expert_read_bytes_total": 900,
         "mixbit_expert_read_seconds_total": 0.5,
         "mixbit_expert_wait_seconds_total": 0.25,

@@ -7,10 +7,9 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
-#include <cstdlib>
-#include <memory>
 #include <mutex>
 
+#include "pages.h"
 #include "reader.h"
 #include "residency.h"
 
@@ -30,16 +29,14 @@ double read_seconds(std::vector<std::string> files, const std::vector<std::vecto
     for (const auto& [file, offset, size] : expert) bytes += Reader::room(size);
     room = std::max(room, bytes);
   }
-  const std::unique_ptr<void, void (*)(void*)> memory(
-      std::aligned_alloc(Reader::alignment, static_cast<std::size_t>(room * together)), std::free);
-  if (!memory) throw std::bad_alloc();
-  std::fill_n(static_cast<std::byte*>(memory.get()), room * together, std::byte{});  // faults are not the disk's
+  const Pages memory(room * together);
+  std::fill_n(memory.data(), memory.size(), std::byte{});  // faults are not the disk's
   nb::gil_scoped_release unlocked;
   std::mutex mutex;
   std::condition_variable arrived;
   std::int64_t left = 0;
   std::string error;
-  Reader reader(std::move(files), direct, threads, [&](std::int64_t, const std::string* what) {
+  Reader reader(std::move(files), direct, threads, [&](std::int64_t, std::int64_t, const std::string* what) {
     std::lock_guard lock(mutex);
     if (what) error = *what;
     if (--left == 0) arrived.notify_one();
@@ -47,7 +44,7 @@ double read_seconds(std::vector<std::string> files, const std::vector<std::vecto
   const auto start = std::chrono::steady_clock::now();
   for (std::size_t first = 0; first < experts.size(); first += static_cast<std::size_t>(together)) {
     std::unique_lock lock(mutex);
-    auto* to = static_cast<std::byte*>(memory.get());
+    std::byte* to = memory.data();
     const std::size_t end = std::min(first + static_cast<std::size_t>(together), experts.size());
     for (std::size_t i = first; i < end; ++i) {
       for (const auto& [file, offset, size] : experts[i]) {

@@ -28,11 +28,13 @@ ExpertFetch::ExpertFetch(ExpertStore& store, int layer, std::span<const Grouping
     if (slot < 0) continue;
     residency.pin(slot);
     needs_[i] = {State::held, false, slot};
-    bool& ahead = store.pools_[own.pool].slots[static_cast<std::size_t>(slot)].ahead;
-    own.counts.hits += !ahead;
-    ahead = false;
+    ExpertStore::Slot& place = store.pools_[own.pool].slots[static_cast<std::size_t>(slot)];
+    own.counts.hits += !place.ahead;
+    own.counts.misses += place.ahead;
+    own.counts.ahead += place.ahead && place.begun;
+    place.ahead = false;
   }
-  store.drop_ahead();
+  store.settle_ahead();
   request_pending();
   since_ = ExpertStore::Clock::now();
 }
@@ -89,7 +91,7 @@ void ExpertFetch::request_pending() {
     Need& need = needs_[first_pending_];
     if (need.state != State::pending) continue;
     if (in_order_ && taken >= scan_window) return;
-    const std::int64_t slot = store_.request(layer_, groups_[first_pending_].expert);
+    const std::int64_t slot = store_.request(layer_, groups_[first_pending_].expert, ExpertStore::Urgency::now);
     if (slot < 0) return;
     need = {State::held, true, slot};
     ++taken;
@@ -106,10 +108,7 @@ void ExpertFetch::request_ahead() {
   for (std::int64_t expert = 0; expert < layer.experts; ++expert) {
     if (static_cast<std::int64_t>(store_.ahead_.size()) >= limit) return;
     if (residency.find(layer.first_key + expert) >= 0) continue;
-    const std::int64_t slot = store_.request(static_cast<int>(next), expert);
-    if (slot < 0) return;
-    store_.ahead_.emplace_back(layer.pool, slot);
-    store_.pools_[layer.pool].slots[static_cast<std::size_t>(slot)].ahead = true;
+    if (store_.request(static_cast<int>(next), expert, ExpertStore::Urgency::ahead) < 0) return;
   }
 }
 

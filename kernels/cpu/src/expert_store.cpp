@@ -1,9 +1,6 @@
 #include "expert_store.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <new>
 
 #include "checks.h"
 
@@ -35,29 +32,6 @@ std::vector<std::int64_t> array_bytes(const MlpWeights& w) {
 }
 
 }  // namespace
-
-// Anonymous pages, aligned for direct reads; huge ones where the system has them: fewer to fault in and to pin.
-class ExpertStore::Memory {
- public:
-  explicit Memory(std::int64_t bytes) : bytes_(static_cast<std::size_t>(bytes)) {
-    void* data = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data == MAP_FAILED) throw std::bad_alloc();
-    data_ = static_cast<std::byte*>(data);
-#if defined(MADV_HUGEPAGE)
-    madvise(data, bytes_, MADV_HUGEPAGE);
-#endif
-  }
-  ~Memory() { munmap(data_, bytes_); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-
-  std::byte* data() const { return data_; }
-  std::int64_t size() const { return static_cast<std::int64_t>(bytes_); }
-
- private:
-  std::size_t bytes_;
-  std::byte* data_;
-};
 
 ExpertStore::ExpertStore(StoreOptions options) : options_(std::move(options)) {}
 ExpertStore::~ExpertStore() = default;
@@ -104,12 +78,14 @@ void ExpertStore::finish() {
     const std::int64_t bytes = std::min(static_cast<std::int64_t>(share), left - least);
     const std::int64_t count = std::clamp<std::int64_t>(bytes / pool.slot_bytes, 1, pool.keys);
     left -= count * pool.slot_bytes;
-    pool.memory = std::make_unique<Memory>(count * pool.slot_bytes);
+    pool.memory = std::make_unique<Pages>(count * pool.slot_bytes);
     pool.residency = std::make_unique<Residency>(pool.keys, count);
     pool.slots.resize(static_cast<std::size_t>(count));
   }
   reader_ = std::make_unique<Reader>(options_.files, options_.direct, options_.threads,
-                                     [this](std::int64_t tag, const std::string* error) { done(tag, error); });
+                                     [this](std::int64_t tag, std::int64_t bytes, const std::string* error) {
+                                       done(tag, bytes, error);
+                                     });
 }
 
 std::int64_t ExpertStore::bytes() const {
@@ -132,28 +108,32 @@ std::vector<ExpertCounts> ExpertStore::counts() const {
 }
 
 // Tags of reads: the pool in the low byte, the slot above.
-std::int64_t ExpertStore::request(int number, std::int64_t expert) {
+std::int64_t ExpertStore::request(int number, std::int64_t expert, Urgency urgency) {
   Layer& layer = layers_[static_cast<std::size_t>(number)];
   Pool& pool = pools_[layer.pool];
   const std::int64_t place = pool.residency->claim(layer.first_key + expert);
   if (place < 0) return -1;
   pool.residency->pin(place);  // the readers' own
   Slot& slot = pool.slots[static_cast<std::size_t>(place)];
-  slot = {.pieces = 0, .layer = number, .ahead = false, .error = {}};
-  ++layer.counts.misses;
+  slot = {.pieces = 0, .layer = number, .ahead = urgency != Urgency::now, .begun = false, .error = {}};
+  if (slot.ahead) {
+    ahead_.emplace_back(layer.pool, place);
+  } else {
+    ++layer.counts.misses;
+  }
   std::byte* base = pool.memory->data() + place * pool.slot_bytes;
   if (layer.reading++ == 0) layer.since = Clock::now();
   for (std::size_t i = 0; i < layer.parts.size(); ++i) {
     FilePart part = layer.parts[i];
     part.offset += expert * part.bytes;
     slot.pieces += Reader::pieces(part);
-    layer.counts.bytes += part.bytes;
-    reader_->read(part, base + layer.places[i], place * 256 + static_cast<std::int64_t>(layer.pool));
+    reader_->read(part, base + layer.places[i], place * 256 + static_cast<std::int64_t>(layer.pool),
+                  urgency == Urgency::idle);
   }
   return place;
 }
 
-void ExpertStore::done(std::int64_t tag, const std::string* error) {
+void ExpertStore::done(std::int64_t tag, std::int64_t bytes, const std::string* error) {
   std::lock_guard lock(mutex_);
   Pool& pool = pools_[static_cast<std::size_t>(tag % 256)];
   const std::int64_t place = tag / 256;
@@ -161,7 +141,15 @@ void ExpertStore::done(std::int64_t tag, const std::string* error) {
   if (error) {
     slot.error = *error;
     pool.residency->spoil(place);
+  } else {
+    slot.begun = true;
+    layers_[static_cast<std::size_t>(slot.layer)].counts.bytes += bytes;
   }
+  end_piece(pool, place);
+}
+
+void ExpertStore::end_piece(Pool& pool, std::int64_t place) {
+  Slot& slot = pool.slots[static_cast<std::size_t>(place)];
   if (--slot.pieces > 0) return;
   Layer& layer = layers_[static_cast<std::size_t>(slot.layer)];
   if (--layer.reading == 0) layer.counts.read += seconds_since(layer.since);
@@ -177,9 +165,50 @@ void ExpertStore::advance(int layer) {
   last_layer_ = layer;
 }
 
-void ExpertStore::drop_ahead() {
-  for (const auto& [pool, slot] : ahead_) pools_[pool].residency->unpin(slot);
+void ExpertStore::expect(int number, std::span<const std::int32_t> experts) {
+  std::lock_guard lock(mutex_);
+  const Layer& layer = layers_[static_cast<std::size_t>(number)];
+  Residency& residency = *pools_[layer.pool].residency;
+  for (std::int32_t expert : experts) {
+    if (static_cast<std::int64_t>(ahead_.size()) >= residency.slots() / 4) return;
+    if (const std::int64_t place = residency.find(layer.first_key + expert); place >= 0) {
+      residency.pin(place);  // or it might make room for the others
+      ahead_.emplace_back(layer.pool, place);
+    } else if (request(number, expert, Urgency::idle) < 0) {
+      return;
+    }
+  }
+}
+
+// The layer has asked: what else was read ahead for it is not waited for.
+void ExpertStore::settle_ahead() {
+  const auto wanted = [&](std::int64_t tag) {
+    return !pools_[static_cast<std::size_t>(tag % 256)].slots[static_cast<std::size_t>(tag / 256)].ahead;
+  };
+  std::vector<std::int64_t> dropped = reader_->settle(wanted);
+  for (std::int64_t tag : dropped) {
+    Pool& pool = pools_[static_cast<std::size_t>(tag % 256)];
+    pool.residency->spoil(tag / 256);
+    end_piece(pool, tag / 256);
+  }
+  for (const auto& [pool, place] : ahead_) {
+    Slot& slot = pools_[pool].slots[static_cast<std::size_t>(place)];
+    const bool begun = slot.begun || slot.pieces > 0;  // a piece was read, or is being read
+    layers_[static_cast<std::size_t>(slot.layer)].counts.unused += slot.ahead && begun;
+    slot.ahead = false;
+    pools_[pool].residency->unpin(place);
+  }
   ahead_.clear();
+}
+
+bool ExpertStore::misses(int number) const {
+  std::lock_guard lock(mutex_);
+  const Layer& layer = layers_[static_cast<std::size_t>(number)];
+  const Residency& residency = *pools_[layer.pool].residency;
+  for (std::int64_t expert = 0; expert < layer.experts; ++expert) {
+    if (residency.find(layer.first_key + expert) < 0) return true;
+  }
+  return false;
 }
 
 MlpWeights ExpertStore::weights(int number, std::int64_t expert, std::int64_t place) const {

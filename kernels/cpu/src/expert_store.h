@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "pages.h"
 #include "reader.h"
 #include "residency.h"
 #include "route.h"
@@ -24,10 +25,11 @@ struct StoreOptions {
   int threads;         // that read
 };
 
-// Since the start. Seconds: while anything was being read for the layer; while its op had nothing to compute; while it
-// computed experts.
+// Since the start. ahead: misses of which something had been read before they were asked for; unused: experts of which
+// something was read, and that were not asked for. Seconds: while anything was being read for the layer; while its op had
+// nothing to compute; while it computed experts.
 struct ExpertCounts {
-  std::int64_t hits = 0, misses = 0, bytes = 0;
+  std::int64_t hits = 0, misses = 0, ahead = 0, unused = 0, bytes = 0;
   double read = 0, wait = 0, compute = 0;
 };
 
@@ -44,6 +46,12 @@ class ExpertStore {
   // All layers are known: takes memory for slots. Layers whose experts have one size share slots. Throws
   // std::invalid_argument if there is not room for one expert of each size.
   void finish();
+
+  // What `layer` will probably ask for next, the most probable first: is read while the disk has nothing else to do.
+  void expect(int layer, std::span<const std::int32_t> experts);
+
+  // Whether any expert of it is not in memory.
+  bool misses(int layer) const;
 
   std::int64_t bytes() const;  // of all slots
   std::int64_t slots() const;
@@ -67,30 +75,33 @@ class ExpertStore {
   struct Slot {
     std::int64_t pieces = 0;  // still to be read
     int layer = -1;
-    bool ahead = false;  // read before it was asked for, and not used since
+    bool ahead = false;  // being read before it was asked for, and not asked for since
+    bool begun = false;  // a piece has been read
     std::string error;
   };
-  class Memory;
   struct Pool {
     std::int64_t slot_bytes, keys;
-    std::unique_ptr<Memory> memory{};
+    std::unique_ptr<Pages> memory{};
     std::unique_ptr<Residency> residency{};
     std::vector<Slot> slots{};
   };
 
-  // All need the mutex.
-  std::int64_t request(int layer, std::int64_t expert);  // a slot, pinned, that is being read into; -1: none to be had
-  void advance(int layer);
-  void drop_ahead();
+  enum class Urgency : std::uint8_t { now, ahead, idle };  // ahead: after what is wanted now
 
-  void done(std::int64_t tag, const std::string* error);
+  // All need the mutex.
+  std::int64_t request(int layer, std::int64_t expert, Urgency urgency);  // a slot, pinned; -1: none to be had
+  void advance(int layer);
+  void settle_ahead();
+  void end_piece(Pool& pool, std::int64_t place);
+
+  void done(std::int64_t tag, std::int64_t bytes, const std::string* error);
   MlpWeights weights(int layer, std::int64_t expert, std::int64_t slot) const;
 
   StoreOptions options_;
   std::vector<Layer> layers_;
   std::vector<Pool> pools_;
   int last_layer_ = -1;
-  std::vector<std::pair<std::size_t, std::int64_t>> ahead_;  // pool and slot of what was read before it was asked for
+  std::vector<std::pair<std::size_t, std::int64_t>> ahead_;  // pool and slot: pinned until the next layer has asked
   mutable std::mutex mutex_;
   std::condition_variable arrived_;
   std::unique_ptr<Reader> reader_;  // last: its threads end first

@@ -95,6 +95,13 @@ void moe(Program& p, int x, const Weight& router, const MlpArg& experts, std::in
   p.add("moe", make_moe(p.context(), p.value(x), weights, p.value(out)), {x}, {out});
 }
 
+// x: what the mixer before the moe of streamed layer `layer` will add to. norm: of the sum.
+void read_ahead(Program& p, int x, const NormArg& weight, const Weight& router, std::int64_t top_k, int layer) {
+  if (!p.store()) throw std::invalid_argument("read_ahead: no experts are streamed");
+  const Matrix of_router = matrix(p, router, Precision::fine);
+  p.add("read_ahead", make_read_ahead(p.context(), p.value(x), norm(weight), of_router, top_k, *p.store(), layer), {x}, {});
+}
+
 void attention(Program& p, const ColumnsArg& q, const ColumnsArg& k, const ColumnsArg& v,
                const std::optional<ColumnsArg>& gate, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
                float scale, std::optional<int> rope, const std::optional<NormArg>& q_norm,
@@ -150,13 +157,17 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Program& p, const Ints& tokens, c
   return {data, {rows, cols}, owner};
 }
 
-// Of each streamed layer: hits, misses, bytes; seconds of reading, waiting, computing.
-using CountsArg = std::tuple<std::int64_t, std::int64_t, std::int64_t, double, double, double>;
+// Of each streamed layer: hits, misses, those read ahead, reads ahead that were unused, bytes; seconds of reading,
+// waiting, computing.
+using CountsArg =
+    std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, double, double, double>;
 
 std::vector<CountsArg> expert_counts(const Program& p) {
   std::vector<CountsArg> all;
   if (!p.store()) return all;
-  for (const ExpertCounts& c : p.store()->counts()) all.emplace_back(c.hits, c.misses, c.bytes, c.read, c.wait, c.compute);
+  for (const ExpertCounts& c : p.store()->counts()) {
+    all.emplace_back(c.hits, c.misses, c.ahead, c.unused, c.bytes, c.read, c.wait, c.compute);
+  }
   return all;
 }
 
@@ -241,6 +252,7 @@ NB_MODULE(_cpu, m) {
       .def("mlp", &mlp)
       .def("moe", &moe, nb::arg(), nb::arg(), nb::arg(), nb::kw_only(), nb::arg("top_k"), nb::arg("normalize"),
            nb::arg("shared").none(), nb::arg("shared_gate").none(), nb::arg("stored").none(), nb::arg("out"))
+      .def("read_ahead", &read_ahead, nb::arg(), nb::arg(), nb::arg(), nb::kw_only(), nb::arg("top_k"), nb::arg("layer"))
       .def("attention", &attention, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::kw_only(), nb::arg("heads"),
            nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("rope").none(),
            nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("out"))

@@ -98,6 +98,8 @@ std::unique_ptr<Op> make_rms_norm(Context& context, Value x, Norm norm, Value ou
 std::unique_ptr<Op> make_add_norm(Context& context, Value x, Value delta, Norm norm, Value total, Value out);
 std::unique_ptr<Op> make_batch_matvec(Context& context, Value x, std::vector<Linear> parts, std::vector<Value> outs);
 std::unique_ptr<Op> make_mlp(Context& context, Value x, const MlpWeights& weights, Value out);
+std::unique_ptr<Op> make_read_ahead(Context& context, Value x, Norm norm, const Matrix& router, std::int64_t top_k,
+                                    ExpertStore& store, int layer);
 std::unique_ptr<Op> make_moe(Context& context, Value x, const MoeWeights& weights, Value out);
 
 // These two own a pool each; bytes is increased by its size.

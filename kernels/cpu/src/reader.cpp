@@ -13,6 +13,7 @@ namespace mixbit {
 namespace {
 
 constexpr std::int64_t piece_bytes = 1 << 20;
+constexpr std::size_t idle_threads = 4;
 
 constexpr std::int64_t floor_to(std::int64_t n) { return n / Reader::alignment * Reader::alignment; }
 constexpr std::int64_t ceil_to(std::int64_t n) { return floor_to(n + Reader::alignment - 1); }
@@ -86,29 +87,52 @@ Reader::~Reader() {
   for (const File& file : files_) close(file.descriptor);
 }
 
-void Reader::read(const FilePart& part, std::byte* to, std::int64_t tag) {
+void Reader::read(const FilePart& part, std::byte* to, std::int64_t tag, bool idle) {
   const bool direct = files_.at(static_cast<std::size_t>(part.file)).direct;
   const std::int64_t begin = floor_to(part.offset), end = part.offset + part.bytes, room_end = ceil_to(end);
   std::lock_guard lock(mutex_);
   for (std::int64_t at = begin; at < room_end; at += piece_bytes) {
     const std::int64_t next = std::min(at + piece_bytes, room_end);
     const std::int64_t first = direct ? at : std::max(at, part.offset), last = std::min(next, end);
-    queue_.push_back({part.file, first, last, direct ? next : last, to + (first - begin), tag});
-    wake_.notify_one();
+    const std::int64_t bytes = last - std::max(first, part.offset);
+    std::deque<Piece>& queue = idle ? idle_ : queue_;
+    queue.push_back({part.file, first, last, direct ? next : last, bytes, to + (first - begin), tag});
+    if (!idle || idle_.size() <= idle_threads) wake_.notify_one();  // others would find that it is not their turn
   }
+}
+
+std::vector<std::int64_t> Reader::settle(const std::function<bool(std::int64_t)>& wanted) {
+  std::vector<std::int64_t> dropped;
+  std::lock_guard lock(mutex_);
+  for (const Piece& piece : idle_) {
+    if (wanted(piece.tag)) {
+      queue_.push_back(piece);
+      wake_.notify_one();
+    } else {
+      dropped.push_back(piece.tag);
+    }
+  }
+  idle_.clear();
+  return dropped;
 }
 
 void Reader::work() {
   std::unique_lock lock(mutex_);
   while (true) {
-    wake_.wait(lock, [&] { return stop_ || !queue_.empty(); });
+    wake_.wait(lock, [&] {
+      return stop_ || !queue_.empty() || (!idle_.empty() && idle_running_ < idle_threads);
+    });
     if (stop_) return;
-    const Piece piece = queue_.front();
-    queue_.pop_front();
+    const bool idle = queue_.empty();
+    std::deque<Piece>& from = idle ? idle_ : queue_;
+    const Piece piece = from.front();
+    from.pop_front();
+    idle_running_ += idle;
     lock.unlock();
     const std::string error = run(piece);
-    done_(piece.tag, error.empty() ? nullptr : &error);
+    done_(piece.tag, piece.bytes, error.empty() ? nullptr : &error);
     lock.lock();
+    idle_running_ -= idle;
   }
 }
 

@@ -40,8 +40,9 @@ class Reader {
   // Pieces in which a part is read: long ones are shared by the threads.
   static std::int64_t pieces(const FilePart& part);
 
-  // Called by a reading thread for each piece; error: null, or which file could not be read, where, and why.
-  using Done = std::function<void(std::int64_t tag, const std::string* error)>;
+  // Called by a reading thread for each piece. bytes: of those that were asked for; error: null, or which file could not
+  // be read, where, and why.
+  using Done = std::function<void(std::int64_t tag, std::int64_t bytes, const std::string* error)>;
 
   // direct: where the file system allows. Throws ReadError for a file that cannot be opened.
   Reader(std::vector<std::string> paths, bool direct, int threads, Done done);
@@ -49,8 +50,13 @@ class Reader {
   Reader(const Reader&) = delete;
   Reader& operator=(const Reader&) = delete;
 
-  // Reads `part` to `to`, which has room for it, after what was asked for before.
-  void read(const FilePart& part, std::byte* to, std::int64_t tag);
+  // Reads `part` to `to`, which has room for it, after what was asked for before. idle: while nothing else is asked for,
+  // and by few threads, so that what is asked for then hardly waits.
+  void read(const FilePart& part, std::byte* to, std::int64_t tag, bool idle = false);
+
+  // Of idle reads that have not begun: those whose tag is `wanted` are read next, others not at all. Returns the tags of
+  // the latter, one for each piece.
+  std::vector<std::int64_t> settle(const std::function<bool(std::int64_t tag)>& wanted);
 
  private:
   struct File {
@@ -58,10 +64,10 @@ class Reader {
     int descriptor;
     bool direct;
   };
-  // `end`: of what is wanted, `room_end`: of what may be read, both places in the file.
+  // `end`: of what is wanted, `room_end`: of what may be read, both places in the file. bytes: wanted.
   struct Piece {
     int file;
-    std::int64_t begin, end, room_end;
+    std::int64_t begin, end, room_end, bytes;
     std::byte* to;
     std::int64_t tag;
   };
@@ -73,7 +79,8 @@ class Reader {
   Done done_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::deque<Piece> queue_;
+  std::deque<Piece> queue_, idle_;
+  std::size_t idle_running_ = 0;
   bool stop_ = false;
   std::vector<std::thread> threads_;
 };

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixbit.kernels import ops
-from mixbit.kernels.cuda.works import Work, folded, inputs_of, outputs_of, plain, share_memory
+from mixbit.kernels.cuda.works import Work, folded, inputs_of, plain, share_memory
 from mixbit.kernels.ops import Program, ProgramBuilder
 from mixbit.kernels.spec import BatchMatvecSpec
 from tests.kernels.builders import Tensors
@@ -30,7 +30,7 @@ def chain(*, shared_sum: bool = False) -> Program:
 def test_plain_work_is_one_for_each_node() -> None:
     works = plain(PROGRAM)
     assert [work.node for work in works] == list(PROGRAM.nodes)
-    assert all(work.reads == inputs_of(work.node) and work.writes == outputs_of(work.node) for work in works)
+    assert all(work.reads == inputs_of(work.node) and work.writes == ops.outputs_of(work.node) for work in works)
 
 
 def test_sums_and_norms_are_folded_into_products() -> None:
@@ -54,7 +54,7 @@ def test_a_summand_that_others_read_is_not_folded() -> None:
     assert kinds(works).count("add_norm") == 3
     first = works[1]
     assert first.residual is None
-    assert first.writes == outputs_of(first.node)
+    assert first.writes == ops.outputs_of(first.node)
 
 
 def test_every_value_is_made_before_it_is_read() -> None:
