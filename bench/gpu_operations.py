@@ -22,6 +22,7 @@ from mixbit.kernels.mlx.custom.gated_delta import DeltaStep
 from mixbit.kernels.mlx.custom.launch import Launcher
 from mixbit.kernels.mlx.custom.matvec import BatchedMatvec
 from mixbit.kernels.mlx.custom.norm import AddNorm
+from mixbit.kernels.mlx.custom.prefill_delta import PrefillDelta
 from mixbit.kernels.mlx.stock import STOCK
 from mixbit.kernels.mlx.weights import QuantizedWeight
 
@@ -200,27 +201,33 @@ def _delta(report: Report, launcher: Launcher, dtype: mx.Dtype) -> None:
     binding: Any = SimpleNamespace(weights=weights, kv_pools=(), state_pools=(pool,))
     stock = STOCK[ops.GatedDelta](node, binding)
     decode = DeltaStep(launcher, node, stock)  # type: ignore[arg-type]
-    for sequences in (1, 4):
+    prefill = PrefillDelta(launcher, node, stock) if launcher.language == "metal" else None  # type: ignore[arg-type]
+    for sequences, new in ((1, 1), (4, 1), (1, 512)):
+        advance: Any = decode if new == 1 else prefill
+        if advance is None:
+            continue
+        rows = sequences * new
         values = {
-            column.value.index: mx.random.normal((sequences, column.value.dim)).astype(dtype)
+            column.value.index: mx.random.normal((rows, column.value.dim)).astype(dtype)
             for column in (node.q, node.k, node.v, node.z, node.b, node.a)
         }
         group: Any = SimpleNamespace(
-            slots=tuple(range(sequences)), new=1, rows=slice(0, sequences), continued=None, context=1
+            slots=tuple(range(sequences)), new=new, rows=slice(0, rows), continued=None, context=new
         )
-        step: Any = SimpleNamespace(groups=[group], tokens=mx.zeros((sequences,), mx.int32))
+        step: Any = SimpleNamespace(groups=[group], tokens=mx.zeros((rows,), mx.int32))
 
         def stock_run(n: int, values: Any = values, step: Any = step) -> list[mx.array]:
             for _ in range(n):
                 stock(step, values)
             return [values[node.out.index], *pool.arrays()]
 
-        def custom_run(n: int, values: Any = values, group: Any = group) -> list[mx.array]:
+        def custom_run(n: int, values: Any = values, group: Any = group, advance: Any = advance) -> list[mx.array]:
             conv, memory = pool.read(group)
             for _ in range(n):
-                out, conv, memory = decode(values, group, conv, memory)
+                out, conv, memory = advance(values, group, conv, memory)
             pool.write(group, conv, memory)
             return [out, conv, memory]
 
-        moved = 2 * 4 * sequences * node.spec.value_heads * node.spec.value_dim * node.spec.key_dim
-        row(f"gated delta, {sequences} sequences", microseconds(stock_run, 16), microseconds(custom_run, 16), moved)
+        moved = 2 * 4 * sequences * node.spec.value_heads * node.spec.value_dim * node.spec.key_dim if new == 1 else 0
+        name = f"gated delta, {sequences} sequences, {new} tokens each"
+        row(name, microseconds(stock_run, 16), microseconds(custom_run, 16), moved)

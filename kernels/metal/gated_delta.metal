@@ -1,10 +1,8 @@
 #include "platform.metal"
+#include "gates.metal"
 
 // One token of the gated delta net for each sequence: convolution, gates, recurrence, gated norm. One threadgroup
 // for each value head (x) and sequence (y). KEY_DIM and VALUE_DIM are multiples of four.
-
-inline float sigmoid(float x) { return 1 / (1 + exp(-x)); }
-inline float softplus(float x) { return max(x, 0.0f) + log(1 + exp(-fabs(x))); }
 
 // --- kernel ---
 constexpr int RATIO = VALUE_HEADS / KEY_HEADS, KEYS = KEY_HEADS * KEY_DIM;

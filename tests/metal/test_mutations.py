@@ -49,6 +49,8 @@ def case_of(kernel: str) -> Case:
         return Case(test_gated_delta.layer("two-to-one"), (5, 1))
     if kernel == "prefill_experts":
         return _moe(50)
+    if kernel.startswith("prefill_delta"):
+        return Case(test_gated_delta.layer("two-to-one"), (40, 5))
     return _moe(3) if kernel in {"experts_hidden", "experts_project", "router"} else Case(PROGRAM, (1, 3))
 
 
@@ -81,6 +83,45 @@ FAULTS = {
         0,
     ),
     "experts_project: no barrier": ("experts_project", SYNC, "", 0),
+    "prefill_delta_mix: tokens past the end": ("prefill_delta_mix", "token < count && ", "", 0),
+    "prefill_delta_mix: a state too short": ("prefill_delta_mix", "token < 0 ?", "token < -1 ?", 0),
+    "prefill_delta_mix: lanes past the head": ("prefill_delta_mix", "if (i * 32 + lane < dim)", "", 0),
+    "prefill_delta_mix: every run keeps the last inputs": ("prefill_delta_mix", "if (first == 0)", "", 0),
+    "prefill_delta_solve: no barrier after the products": ("prefill_delta_solve", SYNC, "", 0),
+    "prefill_delta_solve: no barrier before the substitution": ("prefill_delta_solve", SYNC, "", 1),
+    "prefill_delta_solve: gates past the end": ("prefill_delta_solve", "if (token < count)", "", 0),
+    "prefill_delta_solve: half a simdgroup multiplies": (
+        "prefill_delta_solve",
+        "column = 0;",
+        "column = lane / 16 * 8;",
+        0,
+    ),
+    "prefill_delta_solve: two simdgroups substitute": (
+        "prefill_delta_solve",
+        "if (simdgroup == 0)",
+        "if (simdgroup < 2)",
+        1,
+    ),
+    "prefill_delta_advance: a chunk too many": ("prefill_delta_advance", "n < chunks", "n <= chunks", 0),
+    "prefill_delta_advance: values of the next head": (
+        "prefill_delta_advance",
+        "* VALUE_DIM + first;",
+        "* VALUE_DIM + first + 1;",
+        0,
+    ),
+    "prefill_delta_advance: half a simdgroup goes on": (
+        "prefill_delta_advance",
+        "n < chunks",
+        "n < chunks - thread_index_in_simdgroup / 16",
+        0,
+    ),
+    "prefill_delta_norm: a value too many": ("prefill_delta_norm", "i < VALUE_DIM", "i <= VALUE_DIM", 1),
+    "prefill_delta_norm: a lane leaves early": (
+        "prefill_delta_norm",
+        "const float factor",
+        "if (lane) return;\nconst float factor",
+        0,
+    ),
     "prefill_experts: no barrier before the products": ("prefill_experts", SYNC, "", 0),
     "prefill_experts: no barrier after the products": ("prefill_experts", SYNC, "", 1),
     "prefill_experts: no barrier before the sums are read": ("prefill_experts", SYNC, "", 2),

@@ -8,10 +8,11 @@ import mlx.core as mx
 
 from mixbit.kernels import ops
 from mixbit.kernels.mlx import feed_forward, rows
+from mixbit.kernels.mlx import gated_delta as stock_delta
 from mixbit.kernels.mlx.arrays import Values
+from mixbit.kernels.mlx.custom import gated_delta, prefill_delta
 from mixbit.kernels.mlx.custom.attention import Attention
 from mixbit.kernels.mlx.custom.experts import MAX_TOP_K, Experts, QuantizedMlp, Router
-from mixbit.kernels.mlx.custom.gated_delta import GatedDelta
 from mixbit.kernels.mlx.custom.launch import Launcher
 from mixbit.kernels.mlx.custom.matvec import MAX_TOKENS, BatchedMatvec, applies
 from mixbit.kernels.mlx.custom.norm import AddNorm as AddNormKernel
@@ -80,6 +81,31 @@ class AddNorm:
         """x + delta, and its norm."""
         stock = self.stock
         values[stock.total], values[stock.out] = self.kernel(values[stock.x], values[stock.delta])
+
+
+class GatedDelta:
+    """One token a sequence in one launch, several in four (on Metal)."""
+
+    def __init__(self, launcher: Launcher, node: ops.GatedDelta, binding: Binding) -> None:
+        self.stock = stock = stock_delta.GatedDelta(node, binding)
+        self.decode = gated_delta.DeltaStep(launcher, node, stock) if gated_delta.applies(node.spec) else None
+        self.prefill = None
+        if launcher.language == "metal" and prefill_delta.applies(node.spec):
+            self.prefill = prefill_delta.PrefillDelta(launcher, node, stock)
+
+    def __call__(self, step: Step, values: Values) -> None:
+        """Advance the state of every sequence."""
+        pool, outs = self.stock.pool, []
+        served = [(self.decode if group.new == 1 else self.prefill, group) for group in step.groups]
+        if any(advance is None for advance, _ in served):
+            self.stock(step, values)
+            return
+        for advance, group in served:
+            assert advance is not None
+            out, conv, memory = advance(values, group, *pool.read(group))
+            pool.write(group, conv, memory)
+            outs.append(out)
+        values[self.stock.node.out.index] = outs[0] if len(outs) == 1 else mx.concatenate(outs)
 
 
 class Moe:
