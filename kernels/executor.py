@@ -133,7 +133,10 @@ class ExecutorOptions:
 
 
 class Backend(Protocol):
-    """A way to run programs."""
+    """A way to run programs.
+
+    name: of its own, for caches on disk hold what it alone can read.
+    """
 
     name: str
 

@@ -16,7 +16,7 @@ __all__ = ["DEVICES", "BackendError", "Choice", "availability", "choose"]
 # In order of preference. The reference is never chosen by itself: it is the slow definition.
 _BACKENDS: tuple[Backend, ...] = (MlxBackend("metal", own_kernels=True), CudaBackend(), CpuBackend())
 _ONLY_BY_NAME: tuple[Backend, ...] = (MlxBackend("mlx-cpu"), ReferenceBackend())
-_STOCK: Mapping[str, Backend] = {name: MlxBackend(name) for name in ("metal", "cuda")}
+_STOCK: Mapping[str, Backend] = {"metal": MlxBackend("metal"), "cuda": MlxBackend("mlx-cuda")}  # by device
 
 DEVICES = ("auto", *(backend.name for backend in _BACKENDS + _ONLY_BY_NAME))
 
@@ -41,21 +41,21 @@ def choose(device: str = "auto", kernels: str = "auto") -> Choice:
     Raises BackendError if `device` is unknown or not available here.
     """
     stock = _STOCK if kernels == "stock" else {}
-    backends = tuple(stock.get(backend.name, backend) for backend in _BACKENDS)
     if device == "auto":
         rejected: list[tuple[str, str]] = []
-        for backend in backends:
+        for backend in (stock.get(backend.name, backend) for backend in _BACKENDS):
             reason = backend.unavailable()
             if reason is None:
                 return Choice(backend, tuple(rejected))
             rejected.append((backend.name, reason))
         raise BackendError("no backend can run here: " + "; ".join(f"{n}: {why}" for n, why in rejected))
-    for backend in backends + _ONLY_BY_NAME:
+    for backend in _BACKENDS + _ONLY_BY_NAME:
         if backend.name == device:
-            reason = backend.unavailable()
+            chosen = stock.get(device, backend)
+            reason = chosen.unavailable()
             if reason is not None:
                 raise BackendError(f"device {device!r} cannot be used here: {reason}")
-            return Choice(backend, ())
+            return Choice(chosen, ())
     raise BackendError(f"unknown device {device!r}; choose one of: {', '.join(DEVICES)}")
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mixbit.kernels.mlx.executor import MlxExecutor
 
-Name = Literal["metal", "cuda", "mlx-cpu"]
+Name = Literal["metal", "mlx-cuda", "mlx-cpu"]
 
 
 class MlxBackend:
@@ -32,7 +32,7 @@ class MlxBackend:
         """None if MLX has this device here, else what is missing."""
         if self.name == "metal" and sys.platform != "darwin":
             return "this is not macOS"
-        if self.name == "cuda" and sys.platform == "darwin":
+        if self.name == "mlx-cuda" and sys.platform == "darwin":
             return "macOS has no CUDA"
         if importlib.util.find_spec("mlx") is None:
             return "mlx is not installed"
@@ -42,7 +42,7 @@ class MlxBackend:
             return f"mlx cannot be imported: {error}"
         if self.name == "metal" and not mx.metal.is_available():
             return "mlx has no Metal device"
-        if self.name == "cuda" and not mx.cuda.is_available():
+        if self.name == "mlx-cuda" and not mx.cuda.is_available():
             return "mlx has no CUDA device"
         return None
 

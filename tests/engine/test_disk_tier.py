@@ -104,10 +104,18 @@ def test_what_values_depend_on_is_in_the_key(model: Path, tmp_path: Path) -> Non
     shutil.copytree(model, directory)
     (directory / "chat_template.jinja").write_text("{{ messages }}")
 
-    def key(**settings: Any) -> str:
-        return fingerprint(EngineConfig(model=str(directory), **settings), "cpu", 100)
+    def key(backend: str = "cpu", **settings: Any) -> str:
+        return fingerprint(EngineConfig(model=str(directory), **settings), backend, 100)
 
-    keys = [key(), key(block_size=16), key(precision="exact"), key(top_k_experts=1), key(isa="avx2")]
+    keys = [
+        key(),
+        key("cuda"),
+        key("mlx-cuda"),
+        key(block_size=16),
+        key(precision="exact"),
+        key(top_k_experts=1),
+        key(isa="avx2"),
+    ]
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
         file = directory / name
         file.write_text(file.read_text() + " ")

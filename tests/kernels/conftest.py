@@ -42,11 +42,11 @@ if importlib.util.find_spec("mlx") is not None:  # a GPU machine may do without
         from tests.metal.backend import HostMetalBackend
 
         CANDIDATES["metal-on-host"] = Candidate(HostMetalBackend())
-GPUS: tuple[Name, ...] = ("metal", "cuda")
-for device in GPUS:
+GPUS: dict[str, Name] = {"mlx-metal": "metal", "mlx-cuda": "mlx-cuda"}
+for name, device in GPUS.items():
     if MlxBackend(device).unavailable() is None:
-        CANDIDATES[f"mlx-{device}-stock"] = Candidate(MlxBackend(device), rounding=4.0)
-        CANDIDATES[f"mlx-{device}-own"] = Candidate(MlxBackend(device, own_kernels=True), rounding=4.0)
+        CANDIDATES[f"{name}-stock"] = Candidate(MlxBackend(device), rounding=4.0)
+        CANDIDATES[f"{name}-own"] = Candidate(MlxBackend(device, own_kernels=True), rounding=4.0)
 if CudaBackend().unavailable() is None:
     CANDIDATES["cuda"] = Candidate(CudaBackend(), rounding=4.0)  # tensor cores truncate
 REFERENCE = Candidate(ReferenceBackend())

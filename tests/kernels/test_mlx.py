@@ -21,7 +21,7 @@ from mixbit.kernels.spec import BatchMatvecSpec
 from tests.kernels.builders import CACHE, DTYPES, Sequences, Tensors, all_rows, assert_close, program_of
 
 
-@pytest.mark.parametrize("name", ["metal", "cuda", "mlx-cpu"])
+@pytest.mark.parametrize("name", ["metal", "mlx-cuda", "mlx-cpu"])
 def test_without_mlx(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(sys, "platform", "darwin" if name == "metal" else "linux")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
@@ -32,7 +32,7 @@ def test_other_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     assert MlxBackend("metal").unavailable() == "this is not macOS"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert MlxBackend("cuda").unavailable() == "macOS has no CUDA"
+    assert MlxBackend("mlx-cuda").unavailable() == "macOS has no CUDA"
 
 
 def test_mlx_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_devices_that_mlx_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert MlxBackend("cuda").unavailable() == "mlx has no CUDA device"
+    assert MlxBackend("mlx-cuda").unavailable() == "mlx has no CUDA device"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert MlxBackend("metal").unavailable() == "mlx has no Metal device"
     assert MlxBackend("mlx-cpu").unavailable() is None

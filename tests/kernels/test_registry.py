@@ -91,8 +91,18 @@ def test_cpu_always_runs() -> None:
 
 @pytest.mark.usefixtures("fakes")
 def test_stock_kernels_replace_ours_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_STOCK", {"cuda": Fake("cuda", None)})
+    monkeypatch.setattr(registry, "_STOCK", {"cuda": Fake("mlx-cuda", None)})
     assert choose().backend.name == "cpu"
-    assert choose(kernels="stock").backend.name == "cuda"
+    assert choose(kernels="stock").backend.name == "mlx-cuda"
     assert choose("cpu", "stock").backend.name == "cpu"
-    assert choose("cuda", "stock").backend.name == "cuda"
+    assert choose("cuda", "stock").backend.name == "mlx-cuda"
+    with pytest.raises(BackendError, match="unknown device 'mlx-cuda'"):
+        choose("mlx-cuda", "stock")
+
+
+def test_backends_that_keep_values_in_other_orders_have_names_of_their_own() -> None:
+    """A disk cache is named after its backend: what one has written is never read by another."""
+    mine, stock = {backend.name: type(backend) for backend in registry._BACKENDS}, registry._STOCK
+    assert len({*registry.DEVICES}) == len(registry.DEVICES)
+    for device, backend in stock.items():
+        assert (backend.name == device) == (type(backend) is mine[device])

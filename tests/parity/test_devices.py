@@ -39,8 +39,8 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "metal text on host": _metal_on_host,
     "metal stock": lambda: MlxBackend("metal"),
     "metal own": lambda: MlxBackend("metal", own_kernels=True),
-    "mlx-cuda stock": lambda: MlxBackend("cuda"),
-    "mlx-cuda own": lambda: MlxBackend("cuda", own_kernels=True),
+    "mlx-cuda stock": lambda: MlxBackend("mlx-cuda"),
+    "mlx-cuda own": lambda: MlxBackend("mlx-cuda", own_kernels=True),
     "cuda": CudaBackend,
 }
 # Widest difference of a logit over the logits' standard deviation. CUDA's tensor cores truncate in float32.
