@@ -20,7 +20,7 @@ from mixbit.engine.config import EngineConfig
 from mixbit.engine.disk_store import entries
 from mixbit.engine.disk_tier import fingerprint
 from tests.checkpoints import VOCAB_SIZE, write_checkpoint
-from tests.engine.test_client import complete, message
+from tests.engine.running import complete, message
 
 PROMPT = [int(token) for token in np.random.default_rng(3).integers(6, VOCAB_SIZE, 150)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,15 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixbit.engine.admission import Admission, Limits, RefusedError
-from mixbit.engine.build import build
-from mixbit.engine.config import EngineConfig
 from mixbit.engine.core import EngineCore
 from mixbit.engine.loader import load
-from mixbit.engine.protocol import Delta, Embed, Failed, Finished, Generate, Sampling
+from mixbit.engine.protocol import Embed, Failed, Finished
 from mixbit.engine.request import Chunk, Move
 from mixbit.engine.scheduler import Scheduler
 from mixbit.kernels.registry import choose
 from tests.checkpoints import write_checkpoint
+from tests.engine.cores import exact_core, greedy, run
 from tests.engine.tokenizers_for_tests import byte_level
 from tests.sequence import Sequence as OneSequence
 
@@ -34,45 +32,10 @@ def embed(request_id: str, prompt: list[int] | str) -> Embed:
     return Embed(request_id=request_id, prompt=prompt, add_special_tokens=False)
 
 
-def generate(request_id: str, prompt: list[int], max_tokens: int = 12) -> Generate:
-    return Generate(
-        request_id=request_id,
-        prompt=prompt,
-        add_special_tokens=False,
-        sampling=Sampling(temperature=0),
-        max_tokens=max_tokens,
-        ignore_eos=True,
-        logprobs=0,
-    )
-
-
-@dataclass
-class Said:
-    """What the engine answered: of each request its end, and the tokens of its text."""
-
-    ends: dict[str, Finished | Failed]
-    tokens: dict[str, list[int]]
-
-    def vector(self, request_id: str) -> FloatArray:
-        end = self.ends[request_id]
-        assert isinstance(end, Finished), end
-        assert end.embedding is not None
-        return np.frombuffer(end.embedding, "<f4")
-
-
-def run(core: EngineCore, *messages: Generate | Embed) -> Said:
-    for each in messages:
-        core.add(core.admission.admit(each))
-    said = Said({}, {})
-    while not core.idle:
-        for message in core.step():
-            if isinstance(message, Delta):
-                tokens = said.tokens.setdefault(message.request_id, [])
-                tokens += [entry.chosen.token_id for entry in message.logprobs]
-            elif isinstance(message, Finished | Failed):
-                said.ends[message.request_id] = message
-    core.scheduler.check_idle()
-    return said
+def vector(end: Finished | Failed) -> FloatArray:
+    assert isinstance(end, Finished), end
+    assert end.embedding is not None
+    return np.frombuffer(end.embedding, "<f4")
 
 
 def mean(states: npt.ArrayLike) -> FloatArray:
@@ -88,12 +51,8 @@ def text(seed: int, count: int) -> list[int]:
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[EngineCore, OneSequence]:
     """An engine with small steps, and its model for one sequence."""
     model_type, device = request.param.split("-", 1)
-    directory: Path = tmp_path_factory.mktemp("models") / model_type
-    write_checkpoint(directory, model_type)
-    config = EngineConfig(
-        model=str(directory), device=device, threads=1, precision="exact", step_tokens=24, max_running=4
-    )
-    core = build(config, lambda *_: None).core
+    directory = write_checkpoint(tmp_path_factory.mktemp("models") / model_type, model_type)
+    core = exact_core(directory, device, step_tokens=24, max_running=4)
     return core, OneSequence(choose(device).backend, load(directory).program, 128)
 
 
@@ -106,17 +65,17 @@ def test_the_embedding_is_the_mean_of_the_hidden_states_alone_and_among_others(
     for name, tokens in texts.items():
         sequence.reset()
         expected[name] = mean(sequence.hidden_states(tokens))
-    written = run(core, generate("free", text(3, 101))).tokens["free"]  # and its prompt is in the cache
+    written = run(core, greedy("free", text(3, 101), 12)).tokens("free")  # and its prompt is in the cache
     cached = core.scheduler.blocks_cached
     for name, tokens in texts.items():
-        np.testing.assert_allclose(run(core, embed(name, tokens)).vector(name), expected[name], atol=2e-5)
+        np.testing.assert_allclose(vector(run(core, embed(name, tokens)).ends[name]), expected[name], atol=2e-5)
     assert core.scheduler.blocks_cached == cached, "an embedded text was kept"
-    said = run(core, generate("free", text(3, 101)), *(embed(*each) for each in texts.items()))
-    assert said.tokens["free"] == written
+    said = run(core, greedy("free", text(3, 101), 12), *(embed(*each) for each in texts.items()))
+    assert said.tokens("free") == written
     for name, tokens in texts.items():
-        vector, end = said.vector(name), said.ends[name]
-        np.testing.assert_allclose(vector, expected[name], atol=2e-5)
-        assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-6)
+        end = said.ends[name]
+        np.testing.assert_allclose(vector(end), expected[name], atol=2e-5)
+        assert np.linalg.norm(vector(end)) == pytest.approx(1.0, abs=1e-6)
         assert isinstance(end, Finished)
         usage = end.usage
         assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (len(tokens), 0, 0)
@@ -180,7 +139,7 @@ def test_embeddings_do_not_depend_on_company_memory_or_faults(
 ) -> None:
     prompts = {str(number): text(number, prompt) for number, (_, prompt, _) in enumerate(shapes)}
     messages = [
-        embed(name, prompts[name]) if embeds else generate(name, prompts[name], output)
+        embed(name, prompts[name]) if embeds else greedy(name, prompts[name], output)
         for name, (embeds, _, output) in zip(prompts, shapes, strict=True)
     ]
 
@@ -193,9 +152,9 @@ def test_embeddings_do_not_depend_on_company_memory_or_faults(
         name = message.request_id
         if isinstance(message, Embed):
             states = [state(prompts[name], place) for place in range(len(prompts[name]))]
-            np.testing.assert_allclose(said.vector(name), mean(states), atol=1e-6)
+            np.testing.assert_allclose(vector(said.ends[name]), mean(states), atol=1e-6)
         else:
-            assert len(said.tokens[name]) == message.max_tokens
+            assert len(said.tokens(name)) == message.max_tokens
 
 
 def test_a_text_that_must_begin_again_is_not_counted_twice() -> None:
@@ -205,7 +164,7 @@ def test_a_text_that_must_begin_again_is_not_counted_twice() -> None:
     core.step()
     core.scheduler.isolate([])
     said = run(core)
-    np.testing.assert_allclose(said.vector("a"), mean([state(prompt, place) for place in range(40)]), atol=1e-6)
+    np.testing.assert_allclose(vector(said.ends["a"]), mean([state(prompt, place) for place in range(40)]), atol=1e-6)
 
 
 def test_states_that_are_not_finite_end_that_request_alone() -> None:
@@ -213,7 +172,7 @@ def test_states_that_are_not_finite_end_that_request_alone() -> None:
     failed = said.ends["bad"]
     assert isinstance(failed, Failed)
     assert "not finite" in failed.message
-    assert said.vector("good").shape == (DIM,)
+    assert vector(said.ends["good"]).shape == (DIM,)
 
 
 @pytest.mark.parametrize(
