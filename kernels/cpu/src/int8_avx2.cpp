@@ -32,7 +32,8 @@ template <int width, int low, int high>
 constexpr Fields fields_at = fields(width, low, high);
 
 struct V {
-  static constexpr int lanes = 2, tokens = 4;  // 4 sums of groups, 4 of lanes, 4 in all, of 16 registers
+  static constexpr int lanes = 2, tokens = 4, tiles = 2;  // 8 sums of groups; those of lanes and in all wait in memory
+  static constexpr bool sums_wait = true;
   static constexpr bool narrow_sums = true;    // pairs of products are added in 16 bits
   static constexpr bool masks = true;
   template <int>

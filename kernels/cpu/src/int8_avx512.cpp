@@ -45,7 +45,8 @@ template <int bits>
 constexpr Table second_offsets = bit_offsets(bits, 2 * bits);
 
 struct V {
-  static constexpr int lanes = 4, tokens = 8;  // 8 sums of groups, 8 of lanes, 8 in all
+  static constexpr int lanes = 4, tokens = 8, tiles = 1;  // 8 sums of groups, 8 of lanes, 8 in all
+  static constexpr bool sums_wait = false;
   static constexpr bool narrow_sums = false, masks = true;
   template <int>
   static constexpr float offset = 0;

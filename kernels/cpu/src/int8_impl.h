@@ -1,7 +1,8 @@
 // The int8 kernels, written once over the vector type `V` that the including int8_*.cpp defines before:
 //
 //   lanes                     parts of 128 bits in a register, L
-//   tokens                    tokens that the micro-kernel takes at a time
+//   tokens, tiles             tokens that the micro-kernel takes at a time, and tiles of 4 L rows, 1 or 2
+//   sums_wait                 whether its sums of groups leave no registers for those over groups: then these are in memory
 //   Bytes, Int, Float         registers: of 16 L codes, of 4 L int32, of 4 L float32
 //   codes<bits>(p, n, a, b)   32 columns a lane, the first n lanes' at p (the rest: anything): even columns in a and
 //                             odd ones in b where interleaved(bits), else the first and the last 16
@@ -37,7 +38,7 @@ using Pointer = const std::byte*;
 constexpr int tile_rows = 4 * L;   // rows whose codes the micro-kernel reads together; also groups of a block of scales
 constexpr int piece_codes = 8 * tile_rows * 4;  // bytes of a piece of every row of the tile
 
-// Bit 0, L, 2 L, ...
+// Bit 0, step, 2 step, ...
 template <int step>
 constexpr std::uint64_t every = step == 1 ? ~std::uint64_t{0} : step == 2 ? 0x5555555555555555u : 0x1111111111111111u;
 
@@ -284,92 +285,120 @@ void fill(const Int8Args& args, const Index (&rows)[tile_rows], Index first, Ind
   }
 }
 
-// dots[t] = [row] over the group's codes, with those of x at x[t] + codes.
-template <int bits, int G, int T>
-inline void dot_group(const Tile<G>& tile, Index g, const Pointer (&x)[T], Index codes, Int (&dots)[T]) {
-  constexpr int P = G / piece;
-  for (int t = 0; t < T; ++t) dots[t] = V::zero();
-  for (int p = 0; p < P; ++p) {
-    const Index at = g * P + p, x_at = codes + at / L * (L * piece) + at % L * 16;
-    const std::byte* w = tile.codes + at * piece_codes;
-    using Sum = decltype(partial<bits>(V::zero()));
-    for (int first = 0; first < 4; first += Sum::steps) {
-      const auto sum_all = [&]<int... t>(std::integer_sequence<int, t...>) {
-        Sum sums[T] = {Sum(dots[t])...};
-        for (int i = first; i < first + Sum::steps; ++i) {
-          const V::Bytes a = V::load_bytes(w + i * 4 * tile_rows), b = V::load_bytes(w + (4 + i) * 4 * tile_rows);
-          (sums[t].add(a, b, V::repeat(x[t] + x_at + 4 * i), V::repeat(x[t] + x_at + 4 * i + 16 * L)), ...);
-        }
-        ((dots[t] = sums[t].total(dots[t])), ...);
-      };
-      sum_all(std::make_integer_sequence<int, T>());
-    }
-  }
-}
-
-// out[t] = [row] over `groups` groups of the chunk that begins with group `first`.
-template <int bits, int G, int T>
-inline void micro(const Int8Args& args, const Tile<G>& tile, Index first, Index groups, const Pointer (&x)[T],
-                  Float (&out)[T]) {
-  const auto of_group = [&](int t, Index offset, Index g) { return V::set(floats_at(x[t] + offset)[first + g]); };
-  const std::uint64_t rest = with_rest<chunk_groups<G>>(args, x, first);
-  for (int q = 0; q < L; ++q) {
-    Float sums[T], rests[T];
-    for (int t = 0; t < T; ++t) sums[t] = rests[t] = V::floats(V::zero());
-    Int dots[T];
-    for (Index g = q; g < groups; g += L) {
-      dot_group<bits, G, T>(tile, g, x, first * G, dots);
-      const Float scale = V::load(tile.scales + g * tile_rows), bias = V::load(tile.biases + g * tile_rows);
-      for (int t = 0; t < T; ++t) {
-        sums[t] = V::fma(V::mul(V::convert(dots[t]), of_group(t, args.factors, g)), scale, sums[t]);
-        sums[t] = V::fma(bias, of_group(t, args.sums, g), sums[t]);
-      }
-    }
-    for (std::uint64_t left = rest & every<L> << q; left != 0; left &= left - 1) {
-      const Index g = __builtin_ctzll(left);
-      dot_group<bits, G, T>(tile, g, x, args.rest + first * G, dots);
-      const Float scale = V::load(tile.scales + g * tile_rows);
-      for (int t = 0; t < T; ++t)
-        rests[t] = V::fma(V::mul(V::convert(dots[t]), of_group(t, args.rest_factors, g)), scale, rests[t]);
+// dots[t][n] += [row of tile n] over the piece's steps [first, first + those that a partial sum holds), its codes at w.
+template <int bits, int G, int N, int T, int... i>
+inline void dot_steps(const std::byte* w, const Pointer (&x)[T], Index x_at, int first, Int (&dots)[T][N],
+                      std::integer_sequence<int, i...>) {
+  using Sum = decltype(partial<bits>(V::zero()));
+  Sum sums[T * N] = {Sum(dots[i / N][i % N])...};
+  for (int s = first; s < first + Sum::steps; ++s) {
+    V::Bytes a[N], b[N];
+    for (int n = 0; n < N; ++n) {
+      const std::byte* codes = w + n * Index{sizeof(Tile<G>)} + s * 4 * tile_rows;
+      a[n] = V::load_bytes(codes), b[n] = V::load_bytes(codes + 16 * tile_rows);
     }
     for (int t = 0; t < T; ++t) {
-      const Float sum = V::add(sums[t], rests[t]);
-      out[t] = q == 0 ? sum : V::add(out[t], sum);
+      const V::Bytes xa = V::repeat(x[t] + x_at + 4 * s), xb = V::repeat(x[t] + x_at + 4 * s + 16 * L);
+      for (int n = 0; n < N; ++n) sums[t * N + n].add(a[n], b[n], xa, xb);
+    }
+  }
+  ((dots[i / N][i % N] = sums[i].total(dots[i / N][i % N])), ...);
+}
+
+// dots[t][n] = [row of tile n] over the group's codes, with those of x at x[t] + codes.
+template <int bits, int G, int N, int T>
+inline void dot_group(const Tile<G>* tiles, Index g, const Pointer (&x)[T], Index codes, Int (&dots)[T][N]) {
+  for (auto& of_token : dots)
+    for (Int& dot : of_token) dot = V::zero();
+#pragma GCC unroll 4
+  for (int p = 0; p < G / piece; ++p) {
+    const Index at = g * (G / piece) + p, x_at = codes + at / L * (L * piece) + at % L * 16;
+    constexpr int steps = decltype(partial<bits>(V::zero()))::steps;
+    for (int first = 0; first < 4; first += steps)
+      dot_steps<bits, G, N, T>(tiles->codes + at * piece_codes, x, x_at, first, dots, std::make_integer_sequence<int, T * N>());
+  }
+}
+
+// out[t][n] = [row of tile n] over `groups` groups of the chunk that begins with group `first`.
+template <int bits, int G, int N, int T>
+inline void micro(const Int8Args& args, const Tile<G>* tiles, Index first, Index groups, const Pointer (&x)[T],
+                  Float (&out)[T][N]) {
+  constexpr int W = V::sums_wait ? L : 1;  // partial sums made at a time
+  const auto of_group = [&](int t, Index offset, Index g) { return V::set(floats_at(x[t] + offset)[first + g]); };
+  const std::uint64_t rest = with_rest<chunk_groups<G>>(args, x, first);
+  for (int q = 0; q < L; q += W) {
+    Float sums[W][T][N], rests[W][T][N], zero = V::floats(V::zero());
+    if constexpr (V::sums_wait) __asm__("" : "+x"(zero));
+    for (int i = 0; i < W; ++i)
+      for (int t = 0; t < T; ++t)
+        for (int n = 0; n < N; ++n) sums[i][t][n] = rests[i][t][n] = zero;
+    Int dots[T][N];
+    for (Index g = q; g < groups; g += L / W) {
+      dot_group<bits, G, N, T>(tiles, g, x, first * G, dots);
+      Float(&sum)[T][N] = sums[g % W];
+      for (int n = 0; n < N; ++n) {
+        const Float scale = V::load(tiles[n].scales + g * tile_rows), bias = V::load(tiles[n].biases + g * tile_rows);
+        for (int t = 0; t < T; ++t) {
+          sum[t][n] = V::fma(V::mul(V::convert(dots[t][n]), of_group(t, args.factors, g)), scale, sum[t][n]);
+          sum[t][n] = V::fma(bias, of_group(t, args.sums, g), sum[t][n]);
+        }
+      }
+    }
+    for (std::uint64_t left = rest & every<L / W> << q; left != 0; left &= left - 1) {
+      const Index g = __builtin_ctzll(left);
+      dot_group<bits, G, N, T>(tiles, g, x, args.rest + first * G, dots);
+      Float(&sum)[T][N] = rests[g % W];
+      for (int n = 0; n < N; ++n) {
+        const Float scale = V::load(tiles[n].scales + g * tile_rows);
+        for (int t = 0; t < T; ++t)
+          sum[t][n] = V::fma(V::mul(V::convert(dots[t][n]), of_group(t, args.rest_factors, g)), scale, sum[t][n]);
+      }
+    }
+    for (int i = 0; i < W; ++i) {
+      for (int t = 0; t < T; ++t) {
+        for (int n = 0; n < N; ++n) {
+          const Float sum = V::add(sums[i][t][n], rests[i][t][n]);
+          out[t][n] = q + i == 0 ? sum : V::add(out[t][n], sum);
+        }
+      }
     }
   }
 }
 
-template <int bits, int G, int T>
-void multiply(const Int8Args& args, const Tile<G>& tile, Index row, Index first, Index groups, Index i) {
+template <int bits, int G, int N, int T>
+void multiply(const Int8Args& args, const Tile<G>* tiles, Index row, Index first, Index groups, Index i) {
   Pointer x[T];
   for (int t = 0; t < T; ++t) x[t] = token(args, i + t);
-  Float out[T] = {};
-  micro<bits, G, T>(args, tile, first, groups, x, out);
-  const Index valid = args.row_end - row;
-  for (int t = 0; t < T; ++t) {
-    float* y = args.y + (i + t) * args.y_stride + row;
-    alignas(64) float part[tile_rows];
-    if (valid >= tile_rows) {
-      V::store(y, first == 0 ? out[t] : V::add(V::load(y), out[t]));
-      continue;
+  Float out[T][N] = {};
+  micro<bits, G, N, T>(args, tiles, first, groups, x, out);
+  for (int n = 0; n < N; ++n, row += tile_rows) {
+    const Index valid = args.row_end - row;
+    for (int t = 0; t < T; ++t) {
+      float* y = args.y + (i + t) * args.y_stride + row;
+      alignas(64) float part[tile_rows];
+      if (valid >= tile_rows) {
+        V::store(y, first == 0 ? out[t][n] : V::add(V::load(y), out[t][n]));
+        continue;
+      }
+      V::store(part, out[t][n]);
+      for (Index r = 0; r < valid; ++r) y[r] = first == 0 ? part[r] : y[r] + part[r];
     }
-    V::store(part, out[t]);
-    for (Index r = 0; r < valid; ++r) y[r] = first == 0 ? part[r] : y[r] + part[r];
   }
 }
 
-// Tokens [i, i + n) for n up to V::tokens.
-template <int bits, int G, int T = V::tokens>
-void multiply_some(const Int8Args& args, const Tile<G>& tile, Index row, Index first, Index groups, Index i, Index n) {
+// Tokens [i, i + n) for n up to T.
+template <int bits, int G, int N, int T = V::tokens>
+void multiply_some(const Int8Args& args, const Tile<G>* tiles, Index row, Index first, Index groups, Index i, Index n) {
   if constexpr (T > 1) {
-    if (n < T) return multiply_some<bits, G, T - 1>(args, tile, row, first, groups, i, n);
+    if (n < T) return multiply_some<bits, G, N, T - 1>(args, tiles, row, first, groups, i, n);
   }
-  multiply<bits, G, T>(args, tile, row, first, groups, i);
+  multiply<bits, G, N, T>(args, tiles, row, first, groups, i);
 }
 
 template <int bits, int G>
 void many(const Int8Args& args) {
   constexpr int kind = V::narrow_sums && bits > 4 ? bits : 4;  // the micro-kernel sees bytes: the width matters to sums only
+  constexpr int at_once = kind == 8 ? 1 : V::tiles;  // tiles of a micro-kernel; codes of 8 bits take sums for two
   constexpr int tiles = 2;  // filled together, so that tokens come from memory once for both
   Tile<G> tile[tiles];
   const Index shares = (args.count + V::tokens - 1) / V::tokens;
@@ -384,8 +413,10 @@ void many(const Int8Args& args) {
       }
       for (Index s = 0, i = 0; s < shares; ++s) {
         const Index end = args.count * (s + 1) / shares;
-        for (Index n = 0; n < filled; ++n)
-          multiply_some<kind, G>(args, tile[n], row + n * tile_rows, first, groups, i, end - i);
+        Index n = 0;
+        for (; n + at_once <= filled; n += at_once)
+          multiply_some<kind, G, at_once>(args, tile + n, row + n * tile_rows, first, groups, i, end - i);
+        if (n < filled) multiply_some<kind, G, 1>(args, tile + n, row + n * tile_rows, first, groups, i, end - i);
         i = end;
       }
     }

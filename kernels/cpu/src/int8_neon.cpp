@@ -29,7 +29,8 @@ template <int width, int first>
 constexpr Fields fields_at = fields(width, first);
 
 struct V {
-  static constexpr int lanes = 1, tokens = 6;  // 6 sums of groups, 6 of lanes, 6 in all, of 32 registers
+  static constexpr int lanes = 1, tokens = 6, tiles = 1;  // 6 sums of groups, 6 of lanes, 6 in all, of 32 registers
+  static constexpr bool sums_wait = false;
   static constexpr bool narrow_sums = false, masks = false;
   template <int bits>
   static constexpr float offset = bits == 8 ? 128 : 0;

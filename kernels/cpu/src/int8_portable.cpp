@@ -7,7 +7,8 @@ namespace mixbit {
 namespace {
 
 struct V {
-  static constexpr int lanes = 1, tokens = 2;
+  static constexpr int lanes = 1, tokens = 2, tiles = 1;
+  static constexpr bool sums_wait = false;
   static constexpr bool narrow_sums = false, masks = false;
   template <int>
   static constexpr float offset = 0;
