@@ -108,20 +108,23 @@ class Moe final : public Op {
       for_every_token(b, count, false, true);
       prepare_shared(b, count);
     }
-    for (bool first = true;; first = false) {
-      const std::span<const std::size_t> wave = fetch.next();
-      if (wave.empty()) break;
+    std::size_t given = 0;
+    for (auto wave = fetch.next(); !wave.empty(); wave = fetch.next()) {
       wave_.assign(wave.begin(), wave.end());
       wave_weights_.clear();
       for (std::size_t group : wave) wave_weights_.push_back(fetch.weights(group));
       gate_and_up(b);
+      const bool first = given == 0;
+      given += wave.size();
+      const bool last = given == grouping_.groups().size();
       if (in_order) {
-        sum_in_place(step, b, count, first, false);
+        sum_in_place(step, b, count, first, last);
+      } else if (last) {
+        sum_up(step, b, count);
       } else {
         keep(b);
       }
     }
-    sum_up(step, b, count, !in_order);
   }
 
   // Router; gate and up of the shared expert.
@@ -281,21 +284,25 @@ class Moe final : public Op {
     });
   }
 
-  // Outputs that were kept, if there are any, then the shared expert.
-  void sum_up(const Step& step, const Buffers& b, std::int64_t count, bool kept) {
-    if (!kept && !weights_.shared) return;
+  // Outputs that were kept and down of the wave, the last one, in the order of groups; then the shared expert.
+  void sum_up(const Step& step, const Buffers& b, std::int64_t count) {
     Machine& machine = context_.machine;
     tiles_.clear();
     tiles_.add(out_.dim, bounded_tile(weights_.experts.down, count, count, out_.dim, machine.pool.size()));
     machine.pool.run(tiles_.size(), [&](std::int64_t i, int thread) {
       const Tile tile = tiles_[i];
-      if (kept) {
-        clear(step, count, tile);
-        for (const auto& group : grouping_.groups()) {
-          add_outputs(step, group, tile, b.kept + group.first * out_.dim + tile.begin, out_.dim);
+      float* scratch = context_.workspace.own(thread);
+      clear(step, count, tile);
+      std::size_t place = 0;
+      for (std::size_t g = 0; g < grouping_.groups().size(); ++g) {
+        const Grouping::Group& each = grouping_.groups()[g];
+        if (place < wave_.size() && wave_[place] == g) {
+          down_tile(step, place++, tile, scratch);
+        } else {
+          add_outputs(step, each, tile, b.kept + each.first * out_.dim + tile.begin, out_.dim);
         }
       }
-      add_shared(step, b, count, tile, context_.workspace.own(thread));
+      add_shared(step, b, count, tile, scratch);
     });
   }
 
