@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.peer_gguf import write_gguf
+from bench.reroute import reroute_checkpoint, reroute_gguf
 from mixbit.engine.demo import demo_gguf, ensure_demo
 from mixbit.engine.synth import Skew, SynthOptions, sizes_of, synthesize
 
@@ -51,17 +52,23 @@ def qwen3_next(cache: Path, layers: int) -> Pair:
     return Pair(our_qwen3_next(cache, layers), their_qwen3_next(cache, layers), temporary=True)
 
 
-def our_qwen3_next(cache: Path, layers: int, skew: Skew | None = None) -> Path:
-    """Our directory of the pair."""
-    ours = cache / _name(layers, skew)
+def our_qwen3_next(cache: Path, layers: int, skew: Skew | None = None, *, reroute: bool = False) -> Path:
+    """Our directory of the pair. reroute: one with skew is made out of the even one, which is then gone."""
+    ours, even = cache / _name(layers, skew), cache / _name(layers, None)
+    if reroute and skew is not None and even.exists():
+        even.rename(ours)
+        reroute_checkpoint(ours, LIKE, skew)
     if not ours.exists():
         synthesize(LIKE, ours, SynthOptions(layers=layers, skew=skew), progress=_say)
     return ours
 
 
-def their_qwen3_next(cache: Path, layers: int, skew: Skew | None = None) -> Path:
+def their_qwen3_next(cache: Path, layers: int, skew: Skew | None = None, *, reroute: bool = False) -> Path:
     """The peer's file of the pair."""
-    gguf = cache / f"{_name(layers, skew)}.gguf"
+    gguf, even = cache / f"{_name(layers, skew)}.gguf", cache / f"{_name(layers, None)}.gguf"
+    if reroute and skew is not None and even.exists():
+        even.rename(gguf)
+        reroute_gguf(gguf, LIKE, skew)
     if not gguf.exists():
         _say(f"writing {gguf.name}", 0, 1)
         _whole(gguf, lambda path: write_gguf(path, sizes_of(LIKE, layers), skew))

@@ -5,13 +5,11 @@ Runs in an environment of its own (`make bench` builds it natively for this mach
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 import time
-from typing import Any
 
 import llama_cpp
+from peer_commands import drive
 
 
 class Engine:
@@ -60,22 +58,5 @@ class Engine:
         return done
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
-    engine = Engine(options["model"], options["threads"], options["context"])
-    reply(engine.loaded)
-    for line in sys.stdin:
-        command = json.loads(line)
-        match command.pop("do"):
-            case "prefill":
-                reply({"seconds": engine.prefill(**command)})
-            case "decode":
-                reply({"seconds": engine.decode(**command)})
-
-
-def reply(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    drive(Engine)

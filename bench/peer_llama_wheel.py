@@ -1,16 +1,16 @@
 """As peer_llama_cpp.py, with the wheel llama-cpp-py-sync, which brings llama.cpp compiled: building it takes long.
 
-Its physical batches are 512 tokens, llama.cpp's own default.
+Its physical batches are 512 tokens, llama.cpp's own default. A sequence is only ever continued: decoding goes on from
+whatever lies there.
 """
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 import time
 
 from llama_cpp_py_sync import Llama
+from peer_commands import drive
 
 
 class Engine:
@@ -23,8 +23,17 @@ class Engine:
         self.past = self.llm._eval_tokens([1], 0)
         self.loaded = {"seconds": time.perf_counter() - start}
 
-    def run(self, tokens: int, step: int) -> float:
-        """Seconds for so many further random tokens, `step` at a time."""
+    def prefill(self, tokens: int) -> float:
+        """Seconds for so many further random tokens at once."""
+        return self._run(tokens, tokens)
+
+    def decode(self, tokens: int, context: int, sequences: int) -> float:
+        """Seconds for so many, one after another."""
+        if sequences != 1:
+            raise ValueError("this driver decodes one sequence")
+        return self._run(tokens, 1)
+
+    def _run(self, tokens: int, step: int) -> float:
         start = time.perf_counter()
         for _ in range(0, tokens, step):
             drawn = [self.random.randrange(100, self.llm.n_vocab) for _ in range(step)]
@@ -32,19 +41,5 @@ class Engine:
         return time.perf_counter() - start
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
-    engine = Engine(options["model"], options["threads"], options["context"])
-    reply(engine.loaded)
-    for line in sys.stdin:
-        command = json.loads(line)
-        tokens = command["tokens"]
-        reply({"seconds": engine.run(tokens, tokens if command["do"] == "prefill" else 1)})
-
-
-def reply(message: dict[str, float]) -> None:
-    print(json.dumps(message), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    drive(Engine)

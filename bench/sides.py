@@ -49,14 +49,15 @@ class Side:
         """Of the child process."""
         return self._process.pid
 
-    def ask(self, **command: Any) -> dict[str, Any]:
+    def ask(self, *, timeout: float = 300, **command: Any) -> dict[str, Any]:
+        """timeout: seconds in which the answer is to come; SideError if it does not."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(command) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise SideError(f"{self._name} has ended with {self._process.wait()}") from None
-        return self._read(timeout=300)
+        return self._read(timeout)
 
     def close(self) -> None:
         self._process.kill()
