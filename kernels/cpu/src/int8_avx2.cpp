@@ -49,12 +49,12 @@ struct V {
   static void store_bytes(std::byte* p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   static void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
   template <DType type>
-  static Float load_first(const std::byte* p, int n) {
+  static Float load_first(const std::byte* p, int n, bool more) {
     if constexpr (type == DType::f32) {
       const __m256i wanted = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
       return _mm256_maskload_ps(reinterpret_cast<const float*>(p), wanted);
     } else {
-      const __m128i halves = n < 8 ? first_halves(p, n) : load_16(p);
+      const __m128i halves = n == 8 ? load_16(p) : more ? last_halves(p, n) : first_halves(p, n);
       if constexpr (type == DType::f16) return _mm256_cvtph_ps(halves);
       else return floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
     }
@@ -153,8 +153,12 @@ struct V {
     partial.add(a, b, x, y);
     return partial.total(sum);
   }
+  template <int bits>
   static Int add4(Int a, Int b, Int c, Int d) {
-    return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    if constexpr (bits > 4) return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    // Half of the columns fit in 16 bits, and hadd takes four times as long.
+    const Int ab = total(_mm256_packs_epi32(a, b), 1), cd = total(_mm256_packs_epi32(c, d), 1);
+    return total(_mm256_packs_epi32(ab, cd), 1);
   }
   static Int add_lanes(Int a, Int b) {
     return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
@@ -171,7 +175,11 @@ struct V {
     }
   }
   static Float strided(Float a) { return _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)); }
-  static Float spread(const float* p) { return _mm256_setr_m128(_mm_set1_ps(p[0]), _mm_set1_ps(p[1])); }
+  static Float spread(const float* p) {
+    double both;
+    std::memcpy(&both, p, 8);
+    return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(both)), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+  }
   static void fold(Float a, float* out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)));
   }
@@ -180,6 +188,13 @@ struct V {
   static __m128i load_16(const std::byte* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static __m256i load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
 
+  // The last n of eight, then zeros.
+  static __m128i last_halves(const std::byte* p, int n) {
+    alignas(32) static constexpr std::int8_t places[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                           -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    const auto* from = reinterpret_cast<const std::byte*>(places) + 16 - 2 * n;
+    return _mm_shuffle_epi8(load_16(p + 2 * n - 16), load_16(from));
+  }
   // The first n of eight, then zeros, by loads that overlap: a load of what was just stored in parts would wait for it.
   static __m128i first_halves(const std::byte* p, int n) {
     std::uint32_t low = 0, high = 0;

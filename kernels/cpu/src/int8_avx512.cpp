@@ -61,7 +61,7 @@ struct V {
   static void store_bytes(std::byte* p, Bytes a) { _mm512_storeu_si512(p, a); }
   static void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
   template <DType type>
-  static Float load_first(const std::byte* p, int n) {
+  static Float load_first(const std::byte* p, int n, bool) {
     const auto some = static_cast<__mmask16>((1u << n) - 1);
     if constexpr (type == DType::f32) return _mm512_maskz_loadu_ps(some, p);
     const __m256i halves = _mm256_maskz_loadu_epi16(some, p);
@@ -114,6 +114,7 @@ struct V {
   static Int dot(Int sum, Bytes a, Bytes b, Bytes x, Bytes y) {
     return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, a, x), b, y);
   }
+  template <int>
   static Int add4(Int a, Int b, Int c, Int d) {
     const Int ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     const Int cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));

@@ -9,13 +9,14 @@
 //   packed(p, n), split(v, a, b)   codes<4> in two steps, the second bytewise
 //   dot<bits>(s, a, b, x, y)  s + a * x + b * y, in each int32 the sum over its four codes
 //   offset<bits>              what codes<bits> subtracts, for instruction sets that want signed codes
-//   add4(a, b, c, d)          in each lane: the four sums of the lane's four values
+//   add4<bits>(a, b, c, d)    in each lane: the four sums of the lane's four values, each a dot<bits> of 8 columns
 //   add_lanes(a, b)           lanes of a, then of b, neighbours added
 //   transpose4(m)             in each lane, 4 x 4; transpose(m): all 4 L x 4 L
 //   strided(a)                value 4 q + j becomes value j L + q
 //   spread(p), fold(a, out)   value q to all of lane q; ((lane 0 + lane 1) + ...), four values
 //   narrow(a, p)              low byte of each value; narrow_pairs(a, p, q): of even values to p, of odd ones to q
-//   masks, load_first<type>(p, n)   whether a part of a register can be read, and that of f32, f16 or bf16
+//   masks, load_first<type>(p, n, more)   whether a part of a register can be read, and that of f32, f16 or bf16; more: as
+//                             many as make it whole lie before p
 //   load set zero floats bits convert mul fma from_f16 from_bf16 ...
 //
 //   narrow_sums               whether sums of several products are kept in fewer bits for a while: then Partial<bits>,
@@ -80,12 +81,15 @@ auto partial(Int before) {
 
 // ---- Scales and biases: blocks of 4 L groups ----
 
-// The first `count` values at p, then zeros; nothing beyond them is touched.
+// Groups [first, first + 4 L) of a row of `groups` scales or biases at p, zero where there are none; nothing outside of
+// the row is touched.
 template <DType type, class W = V>
-Float load_block(Pointer p, Index count) {
-  if constexpr (W::masks) return W::template load_first<type>(p, count < tile_rows ? static_cast<int>(count) : tile_rows);
+[[gnu::always_inline]] inline Float load_block(Pointer p, Index first, Index groups) {
+  constexpr int size = type == DType::f32 ? 4 : 2;
+  const Index count = smaller(groups - first, tile_rows);
+  p += first * size;
+  if constexpr (W::masks) return W::template load_first<type>(p, static_cast<int>(count), first > 0);
   else {
-    constexpr int size = type == DType::f32 ? 4 : 2;
     alignas(64) std::byte rest[tile_rows * size] = {};
     if (count < tile_rows) {
       for (Index i = 0; i < count; ++i) std::memcpy(rest + i * size, p + i * size, size);
@@ -97,50 +101,55 @@ Float load_block(Pointer p, Index count) {
   }
 }
 
-// Groups [first, first + 4 L) of one row of scales or biases, zero where there are none.
-Float load_block(const Int8Args& args, Pointer base, Index row, Index first) {
-  const Index at = row * args.groups + first, count = args.groups - first;
-  switch (args.dtype) {
-    case DType::f16: return load_block<DType::f16>(base + at * 2, count);
-    case DType::bf16: return load_block<DType::bf16>(base + at * 2, count);
-    default: return load_block<DType::f32>(base + at * 4, count);
+// Scales and biases of groups [first, first + 4 L) of R rows.
+template <int bits, DType type, int R>
+[[gnu::always_inline]] inline void load_block_rows(const Int8Args& args, const Index (&rows)[R], Index first,
+                                                   Float (&scales)[R], Float (&biases)[R]) {
+  constexpr int size = type == DType::f32 ? 4 : 2;
+  for (int r = 0; r < R; ++r) {
+    const Index row = rows[r] * args.groups * size;
+    scales[r] = load_block<type>(args.scales + row, first, args.groups);
+    biases[r] = load_block<type>(args.biases + row, first, args.groups);
+    if constexpr (V::template offset<bits> != 0) biases[r] = V::fma(V::set(V::template offset<bits>), scales[r], biases[r]);
   }
 }
 
-template <int bits>
-Float load_biases(const Int8Args& args, Index row, Index first, Float scales) {
-  const Float biases = load_block(args, args.biases, row, first);
-  if constexpr (V::template offset<bits> == 0) return biases;
-  else return V::fma(V::set(V::template offset<bits>), scales, biases);
+template <int bits, int R>
+inline void load_block(const Int8Args& args, const Index (&rows)[R], Index first, Float (&scales)[R], Float (&biases)[R]) {
+  switch (args.dtype) {
+    case DType::f16: return load_block_rows<bits, DType::f16, R>(args, rows, first, scales, biases);
+    case DType::bf16: return load_block_rows<bits, DType::bf16, R>(args, rows, first, scales, biases);
+    default: return load_block_rows<bits, DType::f32, R>(args, rows, first, scales, biases);
+  }
 }
 
 // ---- Few tokens: four rows at a time, from code to product in registers ----
 
-// Scales and biases of four rows in the order of their use: entry j is [group j L + lane][row].
-struct Block {
-  Float scales[4], biases[4];
-};
+// Scales or biases of a chunk of four rows in the order of their use: entry j is [group j L + lane][row].
+template <int G>
+using ChunkOfFour = Float[chunk_groups<G> / L];
 
-inline void transpose_block(Float (&m)[4]) {
+inline void transpose_block(const Float (&m)[4], Float* to) {
   Int t[4];
   for (int r = 0; r < 4; ++r) t[r] = V::bits(V::strided(m[r]));
   V::transpose4(t);
-  for (int r = 0; r < 4; ++r) m[r] = V::floats(t[r]);
+  for (int r = 0; r < 4; ++r) to[r] = V::floats(t[r]);
 }
 
-template <int bits>
-void load_blocks(const Int8Args& args, const Index (&rows)[4], Index first, Block& block) {
-  for (int r = 0; r < 4; ++r) {
-    block.scales[r] = load_block(args, args.scales, rows[r], first);
-    block.biases[r] = load_biases<bits>(args, rows[r], first, block.scales[r]);
+template <int bits, int G>
+void load_chunk(const Int8Args& args, const Index (&rows)[4], Index first, Index groups, ChunkOfFour<G>& scales,
+                ChunkOfFour<G>& biases) {
+  for (Index at = 0; at < groups; at += tile_rows) {
+    Float s[4], b[4];
+    load_block<bits>(args, rows, first + at, s, b);
+    transpose_block(s, scales + at / L);
+    transpose_block(b, biases + at / L);
   }
-  transpose_block(block.scales);
-  transpose_block(block.biases);
 }
 
 // sums[t] = [part][row] over the L parts of G / 32 pieces from piece `at`; `left` pieces are there.
 template <int bits, int P, int T>
-inline void dot_parts(const Pointer (&w)[4], const Pointer (&x)[T], Index at, Index left, Int (&sums)[T]) {
+[[gnu::always_inline]] inline void dot_parts(const Pointer (&w)[4], const Pointer (&x)[T], Index at, Index left, Int (&sums)[T]) {
   if constexpr (P == 1) {
     if (left <= 0) {
       for (int t = 0; t < T; ++t) sums[t] = V::zero();
@@ -153,7 +162,7 @@ inline void dot_parts(const Pointer (&w)[4], const Pointer (&x)[T], Index at, In
       const V::Bytes xa = V::load_bytes(x[t] + at * piece), xb = V::load_bytes(x[t] + at * piece + 16 * L);
       Int d[4];
       for (int r = 0; r < 4; ++r) d[r] = V::template dot<bits>(V::zero(), a[r], b[r], xa, xb);
-      sums[t] = V::add4(d[0], d[1], d[2], d[3]);
+      sums[t] = V::template add4<bits>(d[0], d[1], d[2], d[3]);
     }
   } else {
     Int more[T];
@@ -178,43 +187,42 @@ void few_rows(const Int8Args& args, Index row) {
   Pointer x_rest[T];
   for (int t = 0; t < T; ++t) x_rest[t] = x[t] + args.rest;
 
-  const Index ahead = (fetched_ahead / (4 * args.row_bytes) + 1) * 4 * args.row_bytes;
   alignas(64) float total[T][4] = {};
-  Float sums[T], rests[T];
-  for (int t = 0; t < T; ++t) sums[t] = rests[t] = V::floats(V::zero());
-  Block block;
-  for (Index g = 0; g < args.groups; g += tile_rows) {
-    load_blocks<bits>(args, rows, g, block);
-    const Index end = smaller(g + tile_rows, args.groups);
-    int j = 0;
-    for (Index at = g; at < end; at += L, ++j) {
+  ChunkOfFour<G> scales, biases;
+  for (Index first = 0; first < args.groups; first += chunk_groups<G>) {
+    const Index groups = smaller(chunk_groups<G>, args.groups - first);
+    load_chunk<bits, G>(args, rows, first, groups, scales, biases);
+    Float sums[T], rests[T];
+    for (int t = 0; t < T; ++t) sums[t] = rests[t] = V::floats(V::zero());
+    const Pointer ahead = args.weight + row * args.row_bytes + first * P * 16 * bits + fetched_ahead;
+    for (Index at = 0; at < groups; at += L) {
       Int dots[T];
-      const Index left = (args.groups - at) * P;
-      if (left >= L * P) dot_parts<bits, P, T>(w, x, at * P, L * P, dots);
-      else dot_parts<bits, P, T>(w, x, at * P, left, dots);
-      for (int r = 0; r < 4; ++r)
-        for (int line = 0; line < L * P * 4 * bits; line += 64)
-          __builtin_prefetch(w[r] + at * P * 4 * bits + line + ahead, 0, 2);  // into the second-level cache
+      const Index left = (groups - at) * P;
+      if (left >= L * P) dot_parts<bits, P, T>(w, x, (first + at) * P, L * P, dots);
+      else dot_parts<bits, P, T>(w, x, (first + at) * P, left, dots);
+      for (int line = 0; line < L * P * 16 * bits; line += 64)
+        __builtin_prefetch(ahead + at * P * 16 * bits + line, 0, 2);  // into the second-level cache
       for (int t = 0; t < T; ++t) {
-        const Float factor = V::spread(floats_at(x[t] + args.factors) + at);
-        const Float x_sum = V::spread(floats_at(x[t] + args.sums) + at);
-        sums[t] = V::fma(V::mul(V::convert(dots[t]), factor), block.scales[j], sums[t]);
-        sums[t] = V::fma(block.biases[j], x_sum, sums[t]);
-      }
-      if (with_rest<L>(args, x, at) == 0) continue;
-      dot_parts<bits, P, T>(w, x_rest, at * P, smaller(left, L * P), dots);
-      for (int t = 0; t < T; ++t) {
-        const Float factor = V::spread(floats_at(x[t] + args.rest_factors) + at);
-        rests[t] = V::fma(V::mul(V::convert(dots[t]), factor), block.scales[j], rests[t]);
+        const Float factor = V::spread(floats_at(x[t] + args.factors) + first + at);
+        const Float x_sum = V::spread(floats_at(x[t] + args.sums) + first + at);
+        sums[t] = V::fma(V::mul(V::convert(dots[t]), factor), scales[at / L], sums[t]);
+        sums[t] = V::fma(biases[at / L], x_sum, sums[t]);
       }
     }
-    if (end % chunk_groups<G> == 0 || end == args.groups) {
+    for (std::uint64_t rest = with_rest<chunk_groups<G>>(args, x, first); rest != 0;) {
+      const Index at = __builtin_ctzll(rest) / L * L, left = smaller((groups - at) * P, L * P);
+      rest &= ~(((std::uint64_t{1} << L) - 1) << at);
+      Int dots[T];
+      dot_parts<bits, P, T>(w, x_rest, (first + at) * P, left, dots);
       for (int t = 0; t < T; ++t) {
-        alignas(16) float part[4];
-        V::fold(V::add(sums[t], rests[t]), part);
-        for (int r = 0; r < 4; ++r) total[t][r] += part[r];
-        sums[t] = rests[t] = V::floats(V::zero());
+        const Float factor = V::spread(floats_at(x[t] + args.rest_factors) + first + at);
+        rests[t] = V::fma(V::mul(V::convert(dots[t]), factor), scales[at / L], rests[t]);
       }
+    }
+    for (int t = 0; t < T; ++t) {
+      alignas(16) float part[4];
+      V::fold(V::add(sums[t], rests[t]), part);
+      for (int r = 0; r < 4; ++r) total[t][r] += part[r];
     }
   }
   for (int t = 0; t < T; ++t)
@@ -240,12 +248,10 @@ template <int bits, int G>
 void fill(const Int8Args& args, const Index (&rows)[tile_rows], Index first, Index groups, Tile<G>& tile) {
   constexpr int P = G / piece;
   for (Index at = 0; at < groups; at += tile_rows) {
+    Float of_rows[2][tile_rows];
+    load_block<bits>(args, rows, first + at, of_rows[0], of_rows[1]);
     Int scales[tile_rows], biases[tile_rows];
-    for (int r = 0; r < tile_rows; ++r) {
-      const Float scale = load_block(args, args.scales, rows[r], first + at);
-      scales[r] = V::bits(scale);
-      biases[r] = V::bits(load_biases<bits>(args, rows[r], first + at, scale));
-    }
+    for (int r = 0; r < tile_rows; ++r) scales[r] = V::bits(of_rows[0][r]), biases[r] = V::bits(of_rows[1][r]);
     V::transpose(scales);
     V::transpose(biases);
     for (int g = 0; g < tile_rows; ++g) {

@@ -110,6 +110,7 @@ struct V {
   static Int dot(Int sum, Bytes a, Bytes b, Bytes x, Bytes y) {
     return vdotq_s32(vdotq_s32(sum, a, x), b, y);
   }
+  template <int>
   static Int add4(Int a, Int b, Int c, Int d) { return vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)); }
   static Int add_lanes(Int a, Int b) { return vaddq_s32(a, b); }
 

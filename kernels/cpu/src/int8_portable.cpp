@@ -92,6 +92,7 @@ struct V {
     for (int i = 0; i < 32; ++i) sum[i / 4 % 4] += w[i] * v[i];
     return sum;
   }
+  template <int>
   static Int add4(Int a, Int b, Int c, Int d) {
     const auto total = [](Int v) { return (v[0] + v[1]) + (v[2] + v[3]); };
     return Int{total(a), total(b), total(c), total(d)};
