@@ -13,13 +13,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mixbit.engine.benchmark import STEP_TOKENS, Driver
+import msgspec
+
+from mixbit.engine.benchmark import BLOCK_SIZE, STEP_TOKENS, Driver
 from mixbit.engine.build import build
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.loader import load
 from mixbit.engine.memory_plan import plan_memory
 from mixbit.engine.protocol import Generate, Sampling
-from mixbit.kernels.executor import ExecutorOptions
+from mixbit.engine.sizing import cache_bytes
+from mixbit.kernels.executor import CacheConfig, ExecutorOptions
 from mixbit.kernels.registry import choose
 
 
@@ -37,7 +40,7 @@ class Engine:
         direct = options.pop("direct", None)
         executor = ExecutorOptions(max_tokens=STEP_TOKENS, threads=threads, **options)
         if memory or experts:
-            executor = self._planned(executor, context, memory, experts)
+            executor = self._planned(executor, context, sequences, memory, experts)
         if executor.experts is not None and direct is not None:
             executor = replace(executor, experts=replace(executor.experts, direct=direct))
         self.driver = Driver("cpu", self.model.program, self.model.vocab_size, context, sequences, executor)
@@ -46,10 +49,13 @@ class Engine:
         self.loaded = {"seconds": time.perf_counter() - start, "private": private_memory() - private}
 
     def _planned(
-        self, options: ExecutorOptions, context: int, memory: int | None, experts: int | None
+        self, options: ExecutorOptions, context: int, sequences: int, memory: int | None, experts: int | None
     ) -> ExecutorOptions:
-        config = EngineConfig(model=self.path, max_running=1, memory_bytes=memory, expert_bytes=experts)
+        """As `mixbit serve` plans, with caches as large as the driver's."""
         program, backend = self.model.program, choose("cpu").backend
+        config = EngineConfig(model=self.path, max_running=1, memory_bytes=memory, expert_bytes=experts)
+        pools = cache_bytes(program, CacheConfig(-(-context // BLOCK_SIZE), BLOCK_SIZE, sequences), config, backend)
+        config = msgspec.structs.replace(config, cache_bytes=2 * pools)  # some go to states for the prefix cache
         plan = plan_memory(program, self.model.weight_bytes, config, context, backend, options)
         print(plan.explanation, file=sys.stderr, flush=True)
         return replace(options, max_tokens=plan.step_tokens, experts=plan.experts)

@@ -13,8 +13,19 @@ from peer_commands import drive
 
 
 class Engine:
-    def __init__(self, model: str, threads: int, context: int) -> None:
+    """repack: whether weights are copied into another order, as llama.cpp does unless told otherwise; without, they
+    stay where they are mapped, as they must where they are larger than memory."""
+
+    def __init__(self, model: str, threads: int, context: int, *, repack: bool = True) -> None:
         start = time.perf_counter()
+        defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+        def params() -> llama_cpp.llama_model_params:
+            found = defaults()
+            found.use_extra_bufts = repack
+            return found
+
+        llama_cpp.llama_cpp.llama_model_default_params = params  # no argument of Llama sets it
         self.llm = llama_cpp.Llama(
             model_path=model,
             n_threads=threads,
