@@ -22,6 +22,7 @@ END, PREFIX, MIDDLE, SUFFIX = "<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>
 SPECIAL = (END, "<|im_start|>", "<|im_end|>", PREFIX, MIDDLE, SUFFIX, "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
 PIECE = 6000  # characters: about 1,800 tokens, so that most pieces fit the context
 FIM_SHARE = 0.5
+BEFORE, AFTER = 2000, 1000  # characters around a hole at most: short samples are seldom cut by the end of a window
 
 # Words with a leading space, single digits, runs of other signs, line ends with indentation: as Qwen splits, but
 # indentation stays together with its line end, which code repeats so often.
@@ -75,30 +76,34 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def holes(text: str, rng: random.Random) -> tuple[int, int]:
-    """Where the middle begins and ends: the rest of a line, whole lines, or any two places."""
+    """Where the middle begins and ends: a line, the rest of one, some lines, or any two places.
+
+    But for the last, no hole begins inside an indentation: a cursor stands behind it.
+    """
     kind, at = rng.random(), rng.randrange(len(text) + 1)
-    if kind < 0.4:  # the rest of the line, as an editor asks at the cursor
-        end = text.find("\n", at)
-        return at, len(text) if end < 0 else end
-    if kind < 0.75:  # some lines
-        start = text.rfind("\n", 0, at) + 1
-        start = min(at, start + rng.choice((0, 0, 4, 8)))
-        end = at
-        for _ in range(rng.randint(1, 8)):
-            end = text.find("\n", end + 1)
-            if end < 0:
-                return start, len(text)
-        return start, end
+    line = text.rfind("\n", 0, at) + 1
+    end = text.find("\n", at)
+    end = len(text) if end < 0 else end
+    code = end - len(text[line:end].lstrip())
+    if kind < 0.3:
+        return code, end
+    if kind < 0.6:  # as an editor asks at the cursor
+        return max(at, code), end
+    if kind < 0.85:
+        for _ in range(rng.randrange(8)):
+            following = text.find("\n", end + 1)
+            end = len(text) if following < 0 else following
+        return code, end
     other = rng.randrange(len(text) + 1)
     return min(at, other), max(at, other)
 
 
 def arrange(text: str, rng: random.Random) -> str:
-    """The text as it is or, at FIM_SHARE, as prefix, suffix, middle."""
+    """The text as it is or, at FIM_SHARE, as prefix, suffix, middle, with no more around the hole than editors send."""
     if rng.random() >= FIM_SHARE or len(text) < 20:
         return text
     start, end = holes(text, rng)
-    return f"{PREFIX}{text[:start]}{SUFFIX}{text[end:]}{MIDDLE}{text[start:end]}"
+    return f"{PREFIX}{text[max(0, start - BEFORE) : start]}{SUFFIX}{text[end : end + AFTER]}{MIDDLE}{text[start:end]}"
 
 
 def write_pass(work: Path, number: int) -> Path:

@@ -238,3 +238,16 @@ def test_a_filled_hole_is_the_text() -> None:
             made = before + middle + after
         assert made == text[:400]
     assert 60 < arranged < 140  # half of them
+
+
+def test_few_holes_begin_inside_an_indentation() -> None:
+    from samples import holes
+
+    text = "class A:\n    def f(self, x):\n        return x + 1\n\n" * 20
+    inside = 0
+    for seed in range(400):
+        start, end = holes(text, random.Random(seed))
+        assert 0 <= start <= end <= len(text)
+        line = text.rfind("\n", 0, start) + 1
+        inside += not text[line:start].strip() and text[start : start + 1] == " "
+    assert inside < 40
