@@ -96,7 +96,11 @@ def serving(command: Command) -> Iterator[Side]:
         yield Side(command.name, port, process, command.model)
     finally:
         process.terminate()
-        process.wait(20)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:  # a peer in the middle of a long prompt
+            process.kill()
+            process.wait()
 
 
 # --- what is measured ---
