@@ -1,0 +1,103 @@
+// What the int8 kernels for few and for many tokens share; see int8_impl.h for `V`.
+#pragma once
+
+#include <cstring>
+
+#include "int8_quantize.h"
+
+namespace mixbit {
+namespace {
+
+using Int = V::Int;
+using Float = V::Float;
+using Pointer = const std::byte*;
+
+constexpr int tile_rows = 4 * L;   // rows whose codes the micro-kernel reads together; also groups of a block of scales
+constexpr int piece_codes = 8 * tile_rows * 4;  // bytes of a piece of every row of the tile
+
+// Bit 0, step, 2 step, ...
+template <int step>
+constexpr std::uint64_t every = step == 1 ? ~std::uint64_t{0} : step == 2 ? 0x5555555555555555u : 0x1111111111111111u;
+
+constexpr Index fetched_ahead = 30000;  // bytes: the memory's delay at its full rate, several times
+
+template <int G>
+constexpr int chunk_groups = G == 128 ? 16 : 1024 / G;
+
+constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
+
+const std::byte* token(const Int8Args& args, Index i) {
+  return args.x + (args.index != nullptr ? args.index[i] : i) * args.x_stride;
+}
+
+const float* floats_at(Pointer p) { return reinterpret_cast<const float*>(p); }
+
+// Of groups from `first` on, a multiple of `most`: which have a rest in any of the tokens. most divides 64.
+template <int most, int T>
+std::uint64_t with_rest(const Int8Args& args, const Pointer (&x)[T], Index first) {
+  std::uint64_t any = 0;
+  for (int t = 0; t < T; ++t) any |= read_as<std::uint64_t>(x[t] + args.mask + first / 64 * 8);
+  return any >> first % 64 & ((std::uint64_t{2} << (most - 1)) - 1);
+}
+
+// The sum of products over the four steps of a piece, kept as it comes.
+template <int bits>
+struct Direct {
+  static constexpr int steps = 4;
+  Int sum;
+  explicit Direct(Int before) : sum(before) {}
+  void add(V::Bytes a, V::Bytes b, V::Bytes x, V::Bytes y) { sum = V::template dot<bits>(sum, a, b, x, y); }
+  Int total(Int) const { return sum; }
+};
+template <int bits, class W = V>
+auto partial(Int before) {
+  if constexpr (W::narrow_sums) return typename W::template Partial<bits>(before);
+  else return Direct<bits>(before);
+}
+
+// ---- Scales and biases: blocks of 4 L groups ----
+
+// Groups [first, first + 4 L) of a row of `groups` scales or biases at p, zero where there are none; nothing outside of
+// the row is touched.
+template <DType type, class W = V>
+[[gnu::always_inline]] inline Float load_block(Pointer p, Index first, Index groups) {
+  constexpr int size = type == DType::f32 ? 4 : 2;
+  const Index count = smaller(groups - first, tile_rows);
+  p += first * size;
+  if constexpr (W::masks) return W::template load_first<type>(p, static_cast<int>(count), first > 0);
+  else {
+    alignas(64) std::byte rest[tile_rows * size] = {};
+    if (count < tile_rows) {
+      for (Index i = 0; i < count; ++i) std::memcpy(rest + i * size, p + i * size, size);
+      p = rest;
+    }
+    if constexpr (type == DType::f32) return W::load(floats_at(p));
+    else if constexpr (type == DType::f16) return W::from_f16(p);
+    else return W::from_bf16(p);
+  }
+}
+
+// Scales and biases of groups [first, first + 4 L) of R rows.
+template <int bits, DType type, int R>
+[[gnu::always_inline]] inline void load_block_rows(const Int8Args& args, const Index (&rows)[R], Index first,
+                                                   Float (&scales)[R], Float (&biases)[R]) {
+  constexpr int size = type == DType::f32 ? 4 : 2;
+  for (int r = 0; r < R; ++r) {
+    const Index row = rows[r] * args.groups * size;
+    scales[r] = load_block<type>(args.scales + row, first, args.groups);
+    biases[r] = load_block<type>(args.biases + row, first, args.groups);
+    if constexpr (V::template offset<bits> != 0) biases[r] = V::fma(V::set(V::template offset<bits>), scales[r], biases[r]);
+  }
+}
+
+template <int bits, int R>
+inline void load_block(const Int8Args& args, const Index (&rows)[R], Index first, Float (&scales)[R], Float (&biases)[R]) {
+  switch (args.dtype) {
+    case DType::f16: return load_block_rows<bits, DType::f16, R>(args, rows, first, scales, biases);
+    case DType::bf16: return load_block_rows<bits, DType::bf16, R>(args, rows, first, scales, biases);
+    default: return load_block_rows<bits, DType::f32, R>(args, rows, first, scales, biases);
+  }
+}
+
+}  // namespace
+}  // namespace mixbit
