@@ -82,8 +82,7 @@ def holes(text: str, rng: random.Random) -> tuple[int, int]:
     """
     kind, at = rng.random(), rng.randrange(len(text) + 1)
     line = text.rfind("\n", 0, at) + 1
-    end = text.find("\n", at)
-    end = len(text) if end < 0 else end
+    end = _line_end(text, at)
     code = end - len(text[line:end].lstrip())
     if kind < 0.3:
         return code, end
@@ -91,11 +90,15 @@ def holes(text: str, rng: random.Random) -> tuple[int, int]:
         return max(at, code), end
     if kind < 0.85:
         for _ in range(rng.randrange(8)):
-            following = text.find("\n", end + 1)
-            end = len(text) if following < 0 else following
+            end = _line_end(text, end + 1)
         return code, end
     other = rng.randrange(len(text) + 1)
     return min(at, other), max(at, other)
+
+
+def _line_end(text: str, at: int) -> int:
+    end = text.find("\n", at)
+    return len(text) if end < 0 else end
 
 
 def arrange(text: str, rng: random.Random) -> str:
