@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.floors import measure
-from bench.models import Pair, qwen3_next, smollm2
+from bench.models import Pair, qwen3_next, smollm2, warm
 from bench.sides import Asked, Side, SideError, served
 from mixbit.engine.demo import cache_directory
 from mixbit.engine.loader import load
@@ -156,7 +156,7 @@ class Bench:
         options = {"threads": self.args.threads, "context": context}
         if any(row.against == "peer" for row in self.rows) and self.args.peer_python:
             self._start(stack, "peer", self.args.peer_python, "peer_llama_cpp.py", model=str(pair.gguf), **options)
-        pair.warm()  # after the peer, which copies its weights into another order and may push ours out
+        warm(pair.ours)  # after the peer, which copies its weights into another order and may push ours out
         ours = {"model": str(pair.ours), "sequences": sequences, **options}
         for mode in MODES:
             self._start(stack, mode, sys.executable, "ours.py", precision=mode, **ours)

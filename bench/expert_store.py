@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.models import Pair, our_qwen3_next
+from bench.models import our_qwen3_next, warm
 from mixbit.engine.benchmark import STEP_TOKENS, Driver
 from mixbit.engine.loader import load
 from mixbit.kernels.cpu.backend import CpuBackend
@@ -35,7 +35,7 @@ TURNS, TOKENS = 30, 12  # of decoding
 def reads_and_copies(model: Path) -> tuple[list[float], list[float]]:
     """Bytes per second that two threads read from the page cache, and that two threads copy: in turns."""
     program, backend = load(model).program, CpuBackend()
-    Pair(model, model, temporary=False).warm()
+    warm(model)
     reads, copies = [], []
     for _ in range(ROUNDS):
         reads.append(backend.read_rate(program, direct=False, count=READS, threads=2))

@@ -25,17 +25,18 @@ class Pair:
     gguf: Path
     temporary: bool
 
-    def warm(self) -> None:
-        """Read our files once, so that they are found in the page cache."""
-        for file in self.ours.glob("*.safetensors"):
-            with file.open("rb") as stream:
-                while stream.read(1 << 24):
-                    pass
-
     def delete(self) -> None:
         """Free the disk."""
         shutil.rmtree(self.ours, ignore_errors=True)
         self.gguf.unlink(missing_ok=True)
+
+
+def warm(model: Path) -> None:
+    """Read the files of a checkpoint once, so that they are found in the page cache."""
+    for file in model.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            while stream.read(1 << 24):
+                pass
 
 
 def smollm2(cache: Path) -> Pair:

@@ -1,12 +1,11 @@
 """Drives Mixbit's engine (loader, backend, executor; no server) as one side of a benchmark.
 
-A child process: reads one JSON command a line on standard input, answers with one JSON line. The peer
-scripts speak the same commands, so that bench/cpu.py can alternate between them.
+A child process (see bench/commands.py). The peer's script knows the same commands, so that bench/cpu.py can alternate
+between them.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict, replace
@@ -15,12 +14,15 @@ from typing import Any
 
 import msgspec
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench.commands import drive
+from bench.engine_alone import stream_seconds
 from mixbit.engine.benchmark import BLOCK_SIZE, STEP_TOKENS, Driver
 from mixbit.engine.build import build
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.loader import load
 from mixbit.engine.memory_plan import plan_memory
-from mixbit.engine.protocol import Generate, Sampling
 from mixbit.engine.sizing import cache_bytes
 from mixbit.kernels.executor import CacheConfig, ExecutorOptions
 from mixbit.kernels.registry import choose
@@ -32,7 +34,7 @@ class Engine:
     direct: whether streamed experts are read past the page cache; None leaves it to the plan.
     """
 
-    def __init__(self, model: str, threads: int, context: int, sequences: int, options: dict[str, Any]) -> None:
+    def __init__(self, model: str, threads: int, context: int, sequences: int = 1, **options: Any) -> None:
         private, start = private_memory(), time.perf_counter()
         self.path, self.threads, self.core = model, threads, None
         self.model = load(Path(model))
@@ -70,20 +72,7 @@ class Engine:
         if self.core is None:
             config = EngineConfig(model=self.path, threads=self.threads)
             self.core = build(config, lambda stage, done, total: None).core
-        request = Generate(
-            request_id="alone",
-            prompt="Once upon a time, in a land far away, there lived an old king who",
-            add_special_tokens=False,
-            sampling=Sampling(temperature=0),
-            max_tokens=tokens + 1,
-            ignore_eos=True,
-        )
-        self.core.add(self.core.admission.admit(request))
-        self.core.step()
-        start = time.perf_counter()
-        while not self.core.idle:
-            self.core.step()
-        return time.perf_counter() - start
+        return stream_seconds(self.core, tokens)
 
     def answer(self, do: str, **command: Any) -> dict[str, Any]:
         match do:
@@ -108,18 +97,5 @@ def private_memory() -> int:
     return 0
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
-    model, threads, context = (options.pop(name) for name in ("model", "threads", "context"))
-    engine = Engine(model, threads, context, options.pop("sequences", 1), options)
-    reply(engine.loaded)
-    for line in sys.stdin:
-        reply(engine.answer(**json.loads(line)))
-
-
-def reply(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    drive(Engine)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import random
 import time
+from typing import Any
 
 import llama_cpp
-from peer_commands import drive
+from commands import drive
 
 
 class Engine:
@@ -67,6 +68,9 @@ class Engine:
         done = bool(self.llm._ctx.kv_cache_seq_rm(-1, context, -1))
         self.llm.n_tokens = context
         return done
+
+    def answer(self, do: str, **command: Any) -> dict[str, Any]:
+        return {"seconds": {"prefill": self.prefill, "decode": self.decode}[do](**command)}
 
 
 if __name__ == "__main__":

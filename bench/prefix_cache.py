@@ -25,10 +25,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench.engine_alone import greedy
 from mixbit.engine.client import EngineClient
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.demo import ensure_demo
-from mixbit.engine.protocol import Delta, Finished, Generate, Sampling
+from mixbit.engine.protocol import Delta, Finished
 from mixbit.engine.tokenizer import load_tokenizer
 from tests.checkpoints import write_checkpoint
 
@@ -77,15 +78,7 @@ def difference(one: Answer, other: Answer) -> float:
 
 
 async def ask(client: EngineClient, prompt: list[int], name: str) -> Answer:
-    request = Generate(
-        request_id=name,
-        prompt=prompt,
-        add_special_tokens=False,
-        sampling=Sampling(temperature=0),
-        max_tokens=ANSWER,
-        ignore_eos=True,
-        logprobs=20,
-    )
+    request = greedy(name, prompt, ANSWER, logprobs=20)
     start, first, tokens, likely = time.perf_counter(), 0.0, list[int](), list[dict[int, float]]()
     async with await client.generate(request) as events:
         async for event in events:

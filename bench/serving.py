@@ -28,27 +28,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench.engine_alone import STORY, step_cost, stream_seconds
 from bench.streams import Streamed, StreamError, stream, whole
-from mixbit.engine.admission import Admission, Limits
 from mixbit.engine.build import build
 from mixbit.engine.config import EngineConfig
-from mixbit.engine.core import EngineCore
-from mixbit.engine.protocol import Generate, Sampling
-from mixbit.engine.runner import batch_of
-from mixbit.engine.scheduler import Scheduler
-from mixbit.engine.tokenizer import load_tokenizer
-from mixbit.engine.transport import WorkerSocket
 
 HERE = Path(__file__).parent
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
-STORY = "Once upon a time, in a land far away, there lived an old king who"
 TURNS, ANSWER, PAUSE = 10, 32, 0.3  # of an agent: its answers in tokens, the seconds that its tools take
 
 
@@ -253,59 +245,6 @@ async def churn(side: Side, requests: int) -> float:
     return sizes[1] / sizes[0]
 
 
-def alone(model: str, tokens: int, threads: int) -> float:
-    """Tokens per second of the engine in this process, without sockets or HTTP."""
-    core = build(EngineConfig(model=model, threads=threads), lambda stage, done, total: None).core
-    core.add(core.admission.admit(_generate("alone", STORY, tokens)))
-    core.step()
-    start = time.perf_counter()
-    while not core.idle:
-        core.step()
-    return (tokens - 1) / (time.perf_counter() - start)
-
-
-def step_cost(model: str, requests: int, steps: int) -> tuple[float, float]:
-    """Seconds of a step that computes nothing: scheduling, arrays, detokenizing and sending; and sampling."""
-    tokenizer = load_tokenizer(Path(model))
-    logits = np.random.default_rng(0).standard_normal((requests, tokenizer.vocab_size)).astype(np.float32)
-    scheduler = Scheduler(blocks=4096, block_size=32, max_running=16, step_tokens=512)
-    limits = Limits(8192, scheduler.capacity, tokenizer.vocab_size, 64)
-
-    def compute(chunks: Any, moves: Any) -> Any:
-        batch_of(chunks)
-        return logits
-
-    core = EngineCore(compute, scheduler, Admission(tokenizer, limits))
-    ours, theirs = socket.socketpair()
-    connection = WorkerSocket(ours)
-    generations = [core.admission.admit(_generate(str(number), STORY, 8000)) for number in range(requests)]
-    for generation in generations:
-        core.add(generation)
-    core.step()
-    full, sampling = [], []
-    for _ in range(steps):
-        start = time.perf_counter()
-        connection.send(core.step())
-        full.append(time.perf_counter() - start)
-        theirs.recv(1 << 20)
-        start = time.perf_counter()
-        for generation, row in zip(generations, logits, strict=True):
-            generation.sampler.choose(row)
-        sampling.append(time.perf_counter() - start)
-    return statistics.median(full) - statistics.median(sampling), statistics.median(sampling)
-
-
-def _generate(request_id: str, prompt: str, tokens: int) -> Generate:
-    return Generate(
-        request_id=request_id,
-        prompt=prompt,
-        add_special_tokens=False,
-        sampling=Sampling(temperature=0),
-        max_tokens=tokens,
-        ignore_eos=True,
-    )
-
-
 # --- the run ---
 
 
@@ -415,7 +354,8 @@ async def run(args: argparse.Namespace, report: Report) -> None:
         if "engine" in args.only:
             with serving(found[0]) as side:
                 http = statistics.median([await rate(side, 1, args.tokens, turn) for turn in range(args.repeat)])
-            engine = alone(args.model, args.tokens, args.threads)
+            core = build(EngineConfig(model=args.model, threads=args.threads), lambda stage, done, total: None).core
+            engine = (args.tokens - 1) / stream_seconds(core, args.tokens - 1)
             report.row("streaming over HTTP / the engine alone", "", {"ours": http / engine}, ".2f")
         if "cost" in args.only:
             cost, sampling = step_cost(args.model, 8, 500)

@@ -116,7 +116,7 @@ def measure(
         from_disk = _bytes_from_disk(side.pid)
         tokens, seconds = command["tokens"], side.ask(timeout=_PATIENCE, **command)["seconds"]
         from_disk = _bytes_from_disk(side.pid) - from_disk
-        found[name] = {"rate": tokens / seconds, "seconds": seconds, "from disk": from_disk}
+        found[name] = {"tokens": tokens, "rate": tokens / seconds, "seconds": seconds, "from disk": from_disk}
         if disk:
             after = side.ask(do="experts")
             found[name]["disk"] = (first + disk()) / 2
@@ -177,8 +177,8 @@ def ours(args: argparse.Namespace, machine: Machine) -> dict[str, Any]:
             shutil.rmtree(model)
     one = experts / sum(node.spec.router.out_dim for node in layers)
     for name in found.keys() & TITLES.keys():
-        row, tokens = found[name], found[name]["rate"] * found[name]["seconds"]
-        tokens += name == "cold"  # the context's token is counted in what is read, not in the time
+        row = found[name]
+        tokens = row["tokens"] + (name == "cold")  # the context's token is counted in what is read, not in the time
         needed = row["misses"] * one
         row["floor"] = tokens / (needed / row["disk"])
         if name == "cold":
