@@ -55,37 +55,48 @@ FULL: Runs = ((1, 4, 16), (512, 2048), 16)
 """Sequences decoded together, lengths of prompts, steps."""
 
 
-Times = Mapping[int, list[float]]
+Times = Callable[[int], list[float]]
 
 
-def _record(report: Report, side: str, decodes: Times, prefills: Times) -> None:
-    for count, times in decodes.items():
+def _record(report: Report, side: str, runs: Runs, decode: Times, prefill: Times) -> None:
+    """Measure all of runs, and show each figure at once: whoever cuts a part short keeps what it has said."""
+    counts, prompts, _ = runs
+    for count in counts:
         name = "decode, 1" if count == 1 else f"decode, {count} in all"
-        report.add(side, name, count / statistics.median(times))
-    for new, times in prefills.items():
-        report.add(side, f"prefill {new}", new / statistics.median(times))
+        report.add(side, name, count / statistics.median(decode(count)))
+    for new in prompts:
+        report.add(side, f"prefill {new}", new / statistics.median(prefill(new)))
+
+
+def _first(what: str, run: Callable[[], Any]) -> None:
+    """Do something once that takes long the first time, since kernels are compiled, and say how long."""
+    print(f"{what}: {seconds(run):.1f} s", flush=True)
 
 
 def peer(report: Report, sizes: Mapping[str, Any], dtype: mx.Dtype, runs: Runs = FULL) -> None:
     """mlx-lm's model, its logits of the last token evaluated each step."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    counts, prompts, steps = runs
+    start = time.perf_counter()
     model, vocab = mlx_lm_model(sizes, dtype), int(sizes["vocab_size"])
+    print(f"mlx-lm: weights made in {time.perf_counter() - start:.1f} s", flush=True)
 
     def step(cache: Any, count: int, new: int) -> float:
         tokens = mx.random.randint(0, vocab, (count, new))
         mx.eval(tokens)
         return seconds(lambda: mx.eval(model(tokens, cache=cache)[:, -1]))
 
-    decodes = {}
-    for count in counts:
+    def decode(count: int) -> list[float]:
         cache = make_prompt_cache(model)
-        step(cache, count, CONTEXT)
+        _first(f"mlx-lm: {count} x {CONTEXT} tokens", lambda: step(cache, count, CONTEXT))
         step(cache, count, 1)
-        decodes[count] = [step(cache, count, 1) for _ in range(steps)]
-    prefills = {new: [step(make_prompt_cache(model), 1, new) for _ in range(4)][1:] for new in prompts}
-    _record(report, "mlx-lm", decodes, prefills)
+        return [step(cache, count, 1) for _ in range(runs[2])]
+
+    def prefill(new: int) -> list[float]:
+        _first(f"mlx-lm: first prompt of {new}", lambda: step(make_prompt_cache(model), 1, new))
+        return [step(make_prompt_cache(model), 1, new) for _ in range(3)]
+
+    _record(report, "mlx-lm", runs, decode, prefill)
 
 
 def executor(
@@ -106,17 +117,19 @@ def ours(
     cache: CacheConfig = CACHE,
 ) -> None:
     """Tokens a second through Executor.run, logits on the host and Python included."""
-    counts, prompts, steps = runs
     made, vocab = executor(sizes, table, device, "bfloat16", cache), int(sizes["vocab_size"])
 
     def step(count: int, context: int, new: int) -> float:
         given = batch(count, context, new, cache, vocab)
         return seconds(lambda: made.run(given))
 
-    decodes = {}
-    for count in counts:
-        for _ in range(2):  # kernels are compiled, pools are touched
-            step(count, CONTEXT, 1)
-        decodes[count] = [step(count, CONTEXT + 1 + i, 1) for i in range(steps)]
-    prefills = {new: [step(1, 0, new) for _ in range(4)][1:] for new in prompts}
-    _record(report, side, decodes, prefills)
+    def decode(count: int) -> list[float]:
+        _first(f"{side}: first step of {count}", lambda: step(count, CONTEXT, 1))
+        step(count, CONTEXT, 1)  # pools are touched
+        return [step(count, CONTEXT + 1 + i, 1) for i in range(runs[2])]
+
+    def prefill(new: int) -> list[float]:
+        _first(f"{side}: first prompt of {new}", lambda: step(1, 0, new))
+        return [step(1, 0, new) for _ in range(3)]
+
+    _record(report, side, runs, decode, prefill)

@@ -1,4 +1,4 @@
-"""Samples for training: documents cut into pieces, half of them turned into fill-in-the-middle, as token ids.
+"""Samples for training: documents cut into pieces, half of them cut on and filled in from the middle, as token ids.
 
     python training/samples.py WORK/ PASS    writes WORK/tokens-PASS.u16 from WORK/train*.jsonl(.xz)
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ END, PREFIX, MIDDLE, SUFFIX = "<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>
 SPECIAL = (END, "<|im_start|>", "<|im_end|>", PREFIX, MIDDLE, SUFFIX, "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
 PIECE = 6000  # characters: about 1,800 tokens, so that most pieces fit the context
 FIM_SHARE = 0.5
-BEFORE, AFTER = 2000, 1000  # characters around a hole at most: short samples are seldom cut by the end of a window
+SECTION = (400, 4500)  # characters of a sample with a hole: many holes a window, so that finding the place is learnt
+BEFORE, AFTER = 2000, 1000  # characters around a hole at most, as editors send
 
 # Words with a leading space, single digits, runs of other signs, line ends with indentation: as Qwen splits, but
 # indentation stays together with its line end, which code repeats so often.
@@ -101,12 +103,27 @@ def _line_end(text: str, at: int) -> int:
     return len(text) if end < 0 else end
 
 
-def arrange(text: str, rng: random.Random) -> str:
-    """The text as it is or, at FIM_SHARE, as prefix, suffix, middle, with no more around the hole than editors send."""
-    if rng.random() >= FIM_SHARE or len(text) < 20:
-        return text
+def sections(piece: str, rng: random.Random) -> Iterator[str]:
+    """A piece cut at line ends into sections, as many of 400 to 800 characters as of 2,000 to 4,000."""
+    least, most = map(math.log, SECTION)
+    while piece:
+        cut = _line_end(piece, int(math.exp(rng.uniform(least, most)))) + 1
+        yield piece[:cut]
+        piece = piece[cut:]
+
+
+def fill_in_the_middle(text: str, rng: random.Random) -> str:
+    """The text as prefix, suffix and middle."""
     start, end = holes(text, rng)
     return f"{PREFIX}{text[max(0, start - BEFORE) : start]}{SUFFIX}{text[end : end + AFTER]}{MIDDLE}{text[start:end]}"
+
+
+def arrange(piece: str, rng: random.Random) -> Iterator[str]:
+    """The samples of a piece: the piece as it is or, at FIM_SHARE, its sections with a hole in each."""
+    if rng.random() >= FIM_SHARE:
+        yield piece
+    else:
+        yield from (fill_in_the_middle(section, rng) for section in sections(piece, rng))
 
 
 def write_pass(work: Path, number: int) -> Path:
@@ -123,7 +140,8 @@ def write_pass(work: Path, number: int) -> Path:
     count, unfinished = 0, target.with_suffix(".unfinished")
     with unfinished.open("wb") as out:
         for at in range(0, len(made), 4096):  # on all cores
-            encoded = tokenizer.encode_batch_fast([arrange(piece, rng) for piece in made[at : at + 4096]])
+            samples = [sample for piece in made[at : at + 4096] for sample in arrange(piece, rng)]
+            encoded = tokenizer.encode_batch_fast(samples)
             ids = np.fromiter((i for one in encoded for i in (*one.ids, end)), np.uint16)
             count += out.write(ids.tobytes()) // 2
     unfinished.rename(target)
