@@ -32,7 +32,11 @@ void fill(const Int8Args& args, const Index (&rows)[tile_rows], Index first, Ind
     }
   }
   const Index pieces = groups * P;
+  constexpr Index taken = tile_rows * 4 * bits;  // bytes of a piece of every row
+  const Pointer ahead = args.weight + rows[0] * args.row_bytes + first * P * taken + fetched_ahead;
   for (Index at = 0; at < pieces; at += L) {
+    for (int line = 0; line < L * taken; line += 64)
+      __builtin_prefetch(ahead + at * taken + line, 0, 2);  // into the second-level cache
     const int present = static_cast<int>(smaller(L, pieces - at));
     const auto source = [&](int r) { return args.weight + rows[r] * args.row_bytes + (first * P + at) * (4 * bits); };
     const auto place = [&](int i) { return tile.codes + (at + i / 4) * piece_codes + i % 4 * (4 * tile_rows); };
