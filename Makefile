@@ -42,7 +42,7 @@ test-metal: $(VENV)/installed-test ## the Metal kernels on this Mac's GPU agains
 
 test-cuda: $(VENV)/installed-cuda ## the CUDA kernels: compiled by NVRTC, and compared with the reference where there is an NVIDIA GPU
 	@$(PY) -m pytest -q tests/kernels/cuda
-	@$(PY) -m pytest -q tests/kernels tests/parity/test_devices.py -k cuda
+	@$(PY) -m pytest -q --timeout 1200 tests/kernels tests/parity/test_devices.py -k cuda  # MLX compiles for minutes
 
 test-torch: $(VENV)-torch/installed ## parity against transformers and torch, in an environment of its own
 	@$(VENV)-torch/bin/python -m pytest -q tests/torch_parity
