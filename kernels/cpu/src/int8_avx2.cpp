@@ -165,7 +165,7 @@ struct V {
   }
 
   static void transpose4(Int (&m)[4]) { transpose4(m[0], m[1], m[2], m[3]); }
-  static void transpose(Int (&m)[8]) {
+  [[gnu::always_inline]] static void transpose(Int (&m)[8]) {
     transpose4(m[0], m[1], m[2], m[3]);
     transpose4(m[4], m[5], m[6], m[7]);
     for (int i = 0; i < 4; ++i) {

@@ -21,6 +21,16 @@ constexpr std::uint64_t every = step == 1 ? ~std::uint64_t{0} : step == 2 ? 0x55
 
 constexpr Index fetched_ahead = 30000;  // bytes: the memory's delay at its full rate, several times
 
+// Asks for the scales and biases of `rows` rows as far ahead: streams too thin for the processor to look ahead in.
+inline void fetch_scales(const Int8Args& args, Index row, Index rows) {
+  const Index bytes = args.groups * (args.dtype == DType::f32 ? 4 : 2);
+  const Index first = (row + fetched_ahead / args.row_bytes) * bytes;
+  for (Index line = first; line < first + rows * bytes; line += 64) {
+    __builtin_prefetch(args.scales + line, 0, 2);
+    __builtin_prefetch(args.biases + line, 0, 2);
+  }
+}
+
 template <int G>
 constexpr int chunk_groups = G == 128 ? 16 : 1024 / G;
 

@@ -1,0 +1,73 @@
+// int8, many tokens: the codes of 4 L rows as bytes, in the order in which the micro-kernel reads them.
+#pragma once
+
+#include "int8_blocks.h"
+
+namespace mixbit {
+namespace {
+
+// A chunk of columns of 4 L rows: codes[piece][8][row][4 columns], scales and biases [group][row].
+template <int G>
+struct Tile {
+  alignas(64) std::byte codes[chunk_groups<G> * (G / piece) * piece_codes];
+  alignas(64) float scales[(chunk_groups<G> + tile_rows) * tile_rows];
+  alignas(64) float biases[(chunk_groups<G> + tile_rows) * tile_rows];
+};
+
+template <int bits, int G, DType type>
+void fill_scales(const Int8Args& args, const Index (&rows)[tile_rows], Index first, Index groups, Tile<G>& tile) {
+  for (Index at = 0; at < groups; at += tile_rows) {
+    Float of_rows[2][tile_rows];
+    load_block_rows<bits, type>(args, rows, first + at, of_rows[0], of_rows[1]);
+    for (int kind = 0; kind < 2; ++kind) {
+      Int m[tile_rows];
+      for (int r = 0; r < tile_rows; ++r) m[r] = V::bits(of_rows[kind][r]);
+      V::transpose(m);
+      float* to = (kind == 0 ? tile.scales : tile.biases) + at * tile_rows;
+      for (int g = 0; g < tile_rows; ++g) V::store(to + g * tile_rows, V::floats(m[g]));
+    }
+  }
+}
+
+template <int bits, int G>
+void fill(const Int8Args& args, const Index (&rows)[tile_rows], Index first, Index groups, Tile<G>& tile) {
+  constexpr int P = G / piece;
+  switch (args.dtype) {
+    case DType::f16: fill_scales<bits, G, DType::f16>(args, rows, first, groups, tile); break;
+    case DType::bf16: fill_scales<bits, G, DType::bf16>(args, rows, first, groups, tile); break;
+    default: fill_scales<bits, G, DType::f32>(args, rows, first, groups, tile);
+  }
+  const Index pieces = groups * P;
+  for (Index at = 0; at < pieces; at += L) {
+    const int present = static_cast<int>(smaller(L, pieces - at));
+    const auto source = [&](int r) { return args.weight + rows[r] * args.row_bytes + (first * P + at) * (4 * bits); };
+    const auto place = [&](int i) { return tile.codes + (at + i / 4) * piece_codes + i % 4 * (4 * tile_rows); };
+    Int a[tile_rows], b[tile_rows];
+    if constexpr (bits == 4) {  // bytes split after the transposition as well as before: half of the work
+      for (int r = 0; r < tile_rows; ++r) a[r] = V::ints(V::packed(source(r), present));
+      V::transpose(a);
+      for (int i = 0; i < 4 * present; ++i) {
+        V::Bytes even, odd;
+        V::split(V::bytes(a[i]), even, odd);
+        V::store_bytes(place(i), even);
+        V::store_bytes(place(i) + 16 * tile_rows, odd);
+      }
+    } else {
+      for (int r = 0; r < tile_rows; ++r) {
+        V::Bytes first_half, second_half;
+        V::template codes<bits>(source(r), present, first_half, second_half);
+        a[r] = V::ints(first_half);
+        b[r] = V::ints(second_half);
+      }
+      V::transpose(a);
+      V::transpose(b);
+      for (int i = 0; i < 4 * present; ++i) {
+        V::store_bytes(place(i), V::bytes(a[i]));
+        V::store_bytes(place(i) + 16 * tile_rows, V::bytes(b[i]));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mixbit
