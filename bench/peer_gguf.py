@@ -21,11 +21,12 @@ from mixbit.engine.synth import Skew, router_factor
 _BLOCK = 32  # values of a block of Q4_0: a float16 scale and 16 bytes of codes
 _BLOCK_BYTES = 18
 _CHUNK_BLOCKS = 1 << 20
+_GAIN = 1.5  # of every matrix but the embedding, as in the checkpoint
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """fill: every value; None for random ones. Matrices that are not `plain` are Q4_0, all else float32.
+    """fill: every value; None for random ones, of this spread. Matrices that are not `plain` are Q4_0, else float32.
 
     favoured: rows, chosen at random, that are `factor` times as large: a router's.
     """
@@ -34,6 +35,7 @@ class _Tensor:
     shape: tuple[int, ...]
     plain: bool = False
     fill: float | None = None
+    spread: float | None = None
     favoured: int = 0
     factor: float = 1.0
 
@@ -93,7 +95,7 @@ def _tensors(config: Mapping[str, Any], skew: Skew | None) -> Iterator[_Tensor]:
         favoured, factor = round(skew.experts * config["num_experts"]), router_factor(config, skew)
     size, experts, inner = config["hidden_size"], config["num_experts"], config["moe_intermediate_size"]
     shared, vocab = config["shared_expert_intermediate_size"], config["vocab_size"]
-    yield _Tensor("token_embd.weight", (vocab, size))
+    yield _Tensor("token_embd.weight", (vocab, size), spread=1)
     yield _Tensor("output_norm.weight", (size,), plain=True, fill=1)
     yield _Tensor("output.weight", (vocab, size))
     for layer in range(config["num_hidden_layers"]):
@@ -138,8 +140,9 @@ def _gated_delta(path: str, config: Mapping[str, Any]) -> Iterator[_Tensor]:
 def _values(tensor: _Tensor, random: np.random.Generator) -> npt.NDArray[Any]:
     if tensor.fill is not None:
         return np.full(tensor.shape, tensor.fill, np.float32)
+    spread = tensor.spread or _GAIN / math.sqrt(tensor.shape[-1])
     if tensor.plain:
-        values = random.standard_normal(tensor.shape, np.float32) * np.float32(0.02)
+        values = random.standard_normal(tensor.shape, np.float32) * np.float32(spread)
         values[random.permutation(len(values))[: tensor.favoured]] *= np.float32(tensor.factor)
         return values
     count = math.prod(tensor.shape) // _BLOCK
@@ -147,6 +150,8 @@ def _values(tensor: _Tensor, random: np.random.Generator) -> npt.NDArray[Any]:
     for start in range(0, count, _CHUNK_BLOCKS):
         chunk = data[start : start + _CHUNK_BLOCKS]
         chunk[:, 2:] = np.frombuffer(random.bytes(16 * len(chunk)), np.uint8).reshape(-1, 16)
-    spread = 1.5 / math.sqrt(tensor.shape[-1])  # as in the checkpoint: codes are even on 16 steps around zero
-    data[:, :2] = np.frombuffer(np.float16(spread / 4.61).tobytes(), np.uint8)
+    # Codes are even on 16 steps around -1/2. With scales of one sign every matrix would have that mean, by which the
+    # sum of its input drowns all else: hidden states of all tokens become alike, and routers choose the same few.
+    signs = 1 - 2 * random.integers(0, 2, count)
+    data[:, :2] = (signs * (spread / 4.61)).astype(np.float16).view(np.uint8).reshape(-1, 2)
     return data.reshape(*tensor.shape[:-1], -1)
