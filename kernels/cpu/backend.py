@@ -20,7 +20,7 @@ from mixbit.kernels.spec import Matrix, QuantizedTensor
 if TYPE_CHECKING:
     from mixbit.kernels.cpu import _cpu
 
-_READERS = 8  # threads that read experts: they wait for the disk, and use no core
+READERS = 8  # threads that read experts: they wait for the disk, and use no core
 _NO_CACHE = CacheConfig(blocks=1, block_size=1, state_slots=1)
 _NAMES = {"portable": "portable code", "avx2": "AVX2", "avx512": "AVX-512 VNNI", "neon": "NEON"}
 
@@ -65,7 +65,7 @@ class CpuBackend:
         """Room for one expert of each size."""
         return sum({_slot_bytes(node) for node in streamable(program)})
 
-    def read_rate(self, program: ops.Program, *, direct: bool, count: int, threads: int = _READERS) -> float:
+    def read_rate(self, program: ops.Program, *, direct: bool, count: int, threads: int = READERS) -> float:
         """Bytes per second at which random experts are read, as many at a time as a token needs of a layer.
 
         Raises WeightsError if one cannot be read, ValueError for a program without streamable experts.
@@ -172,7 +172,7 @@ def _arrays(matrix: Matrix) -> tuple[npt.NDArray[np.generic], ...]:
 
 def _stream(native: _cpu.Program, files: Mapping[Path, int], memory: ExpertMemory) -> None:
     names = [str(file) for file in files]
-    native.stream_experts(files=names, bytes=memory.host, direct=memory.direct, threads=_READERS)
+    native.stream_experts(files=names, bytes=memory.host, direct=memory.direct, threads=READERS)
 
 
 def _slot_bytes(node: ops.Moe) -> int:

@@ -7,6 +7,8 @@
 namespace mixbit {
 namespace {
 
+constexpr std::chrono::milliseconds quiet_time{200};  // without a read: nobody is using the store
+
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -34,7 +36,11 @@ std::vector<std::int64_t> array_bytes(const MlpWeights& w) {
 }  // namespace
 
 ExpertStore::ExpertStore(StoreOptions options) : options_(std::move(options)) {}
-ExpertStore::~ExpertStore() = default;
+
+ExpertStore::~ExpertStore() {
+  stop_ = true;
+  if (populating_.joinable()) populating_.join();
+}
 
 int ExpertStore::add(const MlpWeights& stacks, std::vector<FilePart> parts) {
   const std::vector<std::int64_t> bytes = array_bytes(stacks);
@@ -86,6 +92,22 @@ void ExpertStore::finish() {
                                      [this](std::int64_t tag, std::int64_t bytes, const std::string* error) {
                                        done(tag, bytes, error);
                                      });
+  populating_ = std::thread([this] { populate(); });
+}
+
+// Slots are first written to by reads, which then wait for the system to clear memory, and in virtual machines for the
+// host to find it: 6 ms for an expert, longer than its read. Done before, while nothing is being read.
+void ExpertStore::populate() {
+  for (Pool& pool : pools_) {
+    bool more = true;
+    while (more && !stop_) {
+      if (Clock::now() - last_read_.load() > quiet_time) {
+        more = pool.memory->populate_next();
+      } else {
+        std::this_thread::sleep_for(quiet_time / 2);
+      }
+    }
+  }
 }
 
 std::int64_t ExpertStore::bytes() const {
@@ -134,6 +156,7 @@ std::int64_t ExpertStore::request(int number, std::int64_t expert, Urgency urgen
 }
 
 void ExpertStore::done(std::int64_t tag, std::int64_t bytes, const std::string* error) {
+  last_read_ = Clock::now();
   std::lock_guard lock(mutex_);
   Pool& pool = pools_[static_cast<std::size_t>(tag % 256)];
   const std::int64_t place = tag / 256;

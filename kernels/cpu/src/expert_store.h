@@ -1,6 +1,7 @@
 // Experts that are read from their files when they are chosen, into slots of a bounded size in memory.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -8,6 +9,7 @@
 #include <mutex>
 #include <span>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "ops.h"
@@ -88,6 +90,8 @@ class ExpertStore {
 
   enum class Urgency : std::uint8_t { now, ahead, idle };  // ahead: after what is wanted now
 
+  void populate();  // a thread of its own
+
   // All need the mutex.
   std::int64_t request(int layer, std::int64_t expert, Urgency urgency);  // a slot, pinned; -1: none to be had
   void advance(int layer);
@@ -104,6 +108,9 @@ class ExpertStore {
   std::vector<std::pair<std::size_t, std::int64_t>> ahead_;  // pool and slot: pinned until the next layer has asked
   mutable std::mutex mutex_;
   std::condition_variable arrived_;
+  std::atomic<bool> stop_ = false;
+  std::atomic<Clock::time_point> last_read_ = Clock::now();
+  std::thread populating_;
   std::unique_ptr<Reader> reader_;  // last: its threads end first
 };
 

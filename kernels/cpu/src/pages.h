@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -28,9 +29,24 @@ class Pages {
   std::byte* data() const { return data_; }
   std::int64_t size() const { return static_cast<std::int64_t>(bytes_); }
 
+  // Has the system give the memory of a piece, the last one first, without a change to what it holds. False if there is
+  // no such piece any more, or the system does not do that.
+  bool populate_next() {
+#if defined(MADV_POPULATE_WRITE)
+    const std::size_t piece = std::min(bytes_ - populated_, populated_piece);
+    populated_ += piece;
+    return piece > 0 && madvise(data_ + bytes_ - populated_, piece, MADV_POPULATE_WRITE) == 0;
+#else
+    return false;
+#endif
+  }
+
  private:
+  static constexpr std::size_t populated_piece = 2 << 20;  // a huge page: of 4 KB each, takes 7 ms at worst
+
   std::size_t bytes_;
   std::byte* data_;
+  std::size_t populated_ = 0;  // bytes at the end
 };
 
 }  // namespace mixbit

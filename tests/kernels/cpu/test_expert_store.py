@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +126,31 @@ def test_what_a_layer_will_probably_ask_for_is_read_before_it_asks(program: Prog
         assert each.hits + each.misses == 200 * node.spec.top_k
         assert each.ahead <= each.misses
         assert each.misses * one <= each.bytes_read <= (each.misses + each.unused) * one
+
+
+def slot_pages() -> dict[str, int]:
+    """KB of the maps that huge pages were asked for, and what of them is in memory."""
+    total, fields = {"Size": 0, "Rss": 0}, dict[str, str]()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        fields[name] = value
+        if name == "VmFlags" and "hg" in value.split():  # the last line of each map
+            total = {key: known + int(fields[key].split()[0]) for key, known in total.items()}
+    return total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is asked for ahead on Linux alone")
+def test_memory_for_slots_is_there_before_they_are_used_and_what_they_hold_stays(program: Program) -> None:
+    executor = compile_cpu(program, ExpertMemory(CpuBackend().least_expert_bytes(program) * EXPERTS * 4))
+    first = executor.run(Sequences(CACHE, count=1).step({0: [1]}))
+    deadline = time.monotonic() + 20
+    while (slots := slot_pages())["Rss"] < slots["Size"]:
+        assert time.monotonic() < deadline, f"not all slots are in memory: {slots}"
+        time.sleep(0.05)
+    assert 1024 * slots["Size"] >= executor.expert_bytes
+    misses = [each.misses for each in executor.expert_counts()]
+    np.testing.assert_array_equal(executor.run(Sequences(CACHE, count=1).step({0: [1]})), first)
+    assert [each.misses for each in executor.expert_counts()] == misses
 
 
 def test_less_memory_than_one_expert_is_refused_with_the_numbers(program: Program) -> None:
