@@ -67,14 +67,12 @@ auto partial(Int before) {
 
 // ---- Scales and biases: blocks of 4 L groups ----
 
-// Groups [first, first + 4 L) of a row of `groups` scales or biases at p, zero where there are none; nothing outside of
-// the row is touched.
+// The first `count` of 4 L scales or biases at p, then zeros. more: as many as make it whole lie before p. Nothing else is
+// touched.
 template <DType type, class W = V>
-[[gnu::always_inline]] inline Float load_block(Pointer p, Index first, Index groups) {
+[[gnu::always_inline]] inline Float load_scales(Pointer p, Index count, bool more) {
   constexpr int size = type == DType::f32 ? 4 : 2;
-  const Index count = smaller(groups - first, tile_rows);
-  p += first * size;
-  if constexpr (W::masks) return W::template load_first<type>(p, static_cast<int>(count), first > 0);
+  if constexpr (W::masks) return W::template load_first<type>(p, static_cast<int>(count), more);
   else {
     alignas(64) std::byte rest[tile_rows * size] = {};
     if (count < tile_rows) {
@@ -87,26 +85,27 @@ template <DType type, class W = V>
   }
 }
 
-// Scales and biases of groups [first, first + 4 L) of R rows.
+// Scales and biases of groups [first, first + count) of R rows.
 template <int bits, DType type, int R>
-[[gnu::always_inline]] inline void load_block_rows(const Int8Args& args, const Index (&rows)[R], Index first,
+[[gnu::always_inline]] inline void load_block_part(const Int8Args& args, const Index (&rows)[R], Index first, Index count,
                                                    Float (&scales)[R], Float (&biases)[R]) {
   constexpr int size = type == DType::f32 ? 4 : 2;
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const Index row = rows[r] * args.groups * size;
-    scales[r] = load_block<type>(args.scales + row, first, args.groups);
-    biases[r] = load_block<type>(args.biases + row, first, args.groups);
+    const Index at = (rows[r] * args.groups + first) * size;
+    scales[r] = load_scales<type>(args.scales + at, count, first > 0);
+    biases[r] = load_scales<type>(args.biases + at, count, first > 0);
     if constexpr (V::template offset<bits> != 0) biases[r] = V::fma(V::set(V::template offset<bits>), scales[r], biases[r]);
   }
 }
 
-template <int bits, int R>
-inline void load_block(const Int8Args& args, const Index (&rows)[R], Index first, Float (&scales)[R], Float (&biases)[R]) {
-  switch (args.dtype) {
-    case DType::f16: return load_block_rows<bits, DType::f16, R>(args, rows, first, scales, biases);
-    case DType::bf16: return load_block_rows<bits, DType::bf16, R>(args, rows, first, scales, biases);
-    default: return load_block_rows<bits, DType::f32, R>(args, rows, first, scales, biases);
-  }
+// Those of groups [first, first + 4 L), zero where there are none.
+template <int bits, DType type, int R>
+[[gnu::always_inline]] inline void load_block_rows(const Int8Args& args, const Index (&rows)[R], Index first,
+                                                   Float (&scales)[R], Float (&biases)[R]) {
+  const Index count = args.groups - first;
+  if (count >= tile_rows) return load_block_part<bits, type>(args, rows, first, tile_rows, scales, biases);
+  load_block_part<bits, type>(args, rows, first, count, scales, biases);
 }
 
 }  // namespace

@@ -10,21 +10,31 @@ namespace {
 template <int G>
 using ChunkOfFour = Float[chunk_groups<G> / L];
 
-inline void transpose_block(const Float (&m)[4], Float* to) {
+[[gnu::always_inline]] inline void transpose_block(const Float (&m)[4], Float* to) {
   Int t[4];
   for (int r = 0; r < 4; ++r) t[r] = V::bits(V::strided(m[r]));
   V::transpose4(t);
   for (int r = 0; r < 4; ++r) to[r] = V::floats(t[r]);
 }
 
+template <int bits, int G, DType type>
+void load_chunk_of(const Int8Args& args, const Index (&rows)[4], Index first, Index groups, ChunkOfFour<G>& scales,
+                   ChunkOfFour<G>& biases) {
+  for (Index at = 0; at < groups; at += tile_rows) {
+    Float s[4], b[4];
+    load_block_rows<bits, type>(args, rows, first + at, s, b);
+    transpose_block(s, scales + at / L);
+    transpose_block(b, biases + at / L);
+  }
+}
+
 template <int bits, int G>
 void load_chunk(const Int8Args& args, const Index (&rows)[4], Index first, Index groups, ChunkOfFour<G>& scales,
                 ChunkOfFour<G>& biases) {
-  for (Index at = 0; at < groups; at += tile_rows) {
-    Float s[4], b[4];
-    load_block<bits>(args, rows, first + at, s, b);
-    transpose_block(s, scales + at / L);
-    transpose_block(b, biases + at / L);
+  switch (args.dtype) {
+    case DType::f16: return load_chunk_of<bits, G, DType::f16>(args, rows, first, groups, scales, biases);
+    case DType::bf16: return load_chunk_of<bits, G, DType::bf16>(args, rows, first, groups, scales, biases);
+    default: return load_chunk_of<bits, G, DType::f32>(args, rows, first, groups, scales, biases);
   }
 }
 
