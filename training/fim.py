@@ -96,7 +96,7 @@ def serve(model: Path) -> Iterator[httpx.Client]:
     command += ["--served-name", "tiny-coder"]  # whose preset knows the tokens
     with (
         subprocess.Popen([*command, "--no-disk-cache"], stdout=subprocess.DEVNULL) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=900) as client,
     ):
         try:
             _wait(client, process)
