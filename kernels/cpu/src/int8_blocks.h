@@ -15,10 +15,6 @@ using Pointer = const std::byte*;
 constexpr int tile_rows = 4 * L;   // rows whose codes the micro-kernel reads together; also groups of a block of scales
 constexpr int piece_codes = 8 * tile_rows * 4;  // bytes of a piece of every row of the tile
 
-// Bit 0, step, 2 step, ...
-template <int step>
-constexpr std::uint64_t every = step == 1 ? ~std::uint64_t{0} : step == 2 ? 0x5555555555555555u : 0x1111111111111111u;
-
 constexpr Index fetched_ahead = 30000;  // bytes: the memory's delay at its full rate, several times
 
 // Asks for the scales and biases of `rows` rows as far ahead: streams too thin for the processor to look ahead in.
