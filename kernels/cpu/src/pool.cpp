@@ -33,11 +33,15 @@ bool spin_until(const Ready& ready) {
   return false;
 }
 
+std::uint64_t pack(std::int64_t first, std::int64_t end) {
+  return static_cast<std::uint64_t>(first) << 32 | static_cast<std::uint32_t>(end);
+}
+
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
-  int size = threads > 0 ? threads : usable_cores();
-  for (int thread = 1; thread < size; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+ThreadPool::ThreadPool(int threads)
+    : size_(threads > 0 ? threads : usable_cores()), shares_(std::make_unique<Share[]>(static_cast<std::size_t>(size_))) {
+  for (int thread = 1; thread < size_; ++thread) workers_.emplace_back([this, thread] { work(thread); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -49,24 +53,27 @@ ThreadPool::~ThreadPool() {
   for (auto& worker : workers_) worker.join();
 }
 
-bool ThreadPool::idle() const {
-  std::uint64_t ticket = ticket_.load(std::memory_order_seq_cst);  // ordered after sleeping_: no wake-up is lost
-  return static_cast<std::uint32_t>(ticket) >= ticket >> 32;
-}
-
-// The look before the claim keeps idle threads from counting the low half up without end.
-bool ThreadPool::claim(std::uint32_t& index) {
-  if (idle()) return false;
-  std::uint64_t ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
-  index = static_cast<std::uint32_t>(ticket);
-  return index < ticket >> 32;
+// Takes the next of the thread's own share, or the last of another's; from counts the shares found empty.
+bool ThreadPool::claim(int thread, int& from, std::uint32_t& index) {
+  for (; from < size(); ++from) {
+    std::atomic<std::uint64_t>& share = shares_[static_cast<std::size_t>((thread + from) % size())].left;
+    std::uint64_t left = share.load(std::memory_order_acquire), after;
+    do {
+      const auto first = static_cast<std::uint32_t>(left >> 32), end = static_cast<std::uint32_t>(left);
+      if (first >= end) break;
+      index = from == 0 ? first : end - 1;
+      after = from == 0 ? pack(first + 1, end) : pack(first, end - 1);
+      if (share.compare_exchange_weak(left, after, std::memory_order_acq_rel, std::memory_order_acquire)) return true;
+    } while (true);
+  }
+  return false;
 }
 
 // Runs tasks until none is left to claim; returns how many. call_ and task_ are read after each claim:
 // they cannot change before the claimed task is reported done.
 std::uint32_t ThreadPool::drain(int thread) {
   std::uint32_t index = 0, ran = 0;
-  while (claim(index)) {
+  for (int from = 0; claim(thread, from, index);) {
     call_.load(std::memory_order_relaxed)(task_.load(std::memory_order_relaxed), index, thread);
     ++ran;
     if (thread != 0) report();
@@ -86,7 +93,12 @@ void ThreadPool::run_all(std::int64_t count, Call call, const void* task) {
   call_.store(call, std::memory_order_relaxed);
   task_.store(task, std::memory_order_relaxed);
   done_.store(0, std::memory_order_relaxed);
-  ticket_.store(static_cast<std::uint64_t>(count) << 32, std::memory_order_seq_cst);
+  const std::int64_t threads = size();
+  for (std::int64_t t = 0; t < threads; ++t) {
+    shares_[static_cast<std::size_t>(t)].left.store(pack(count * t / threads, count * (t + 1) / threads),
+                                                    std::memory_order_release);
+  }
+  jobs_.fetch_add(1, std::memory_order_seq_cst);  // ordered before sleeping_: no wake-up is lost
   if (sleeping_.load(std::memory_order_seq_cst) > 0) {
     { std::lock_guard lock(mutex_); }  // a worker between its last look and its sleep is let through
     wake_.notify_all();
@@ -102,8 +114,11 @@ void ThreadPool::run_all(std::int64_t count, Call call, const void* task) {
 }
 
 void ThreadPool::work(int thread) {
-  auto awake = [this] { return !idle() || stop_.load(std::memory_order_relaxed); };
   while (!stop_.load(std::memory_order_relaxed)) {
+    const std::uint32_t seen = jobs_.load(std::memory_order_seq_cst);
+    const auto awake = [&] {
+      return jobs_.load(std::memory_order_seq_cst) != seen || stop_.load(std::memory_order_relaxed);
+    };
     drain(thread);
     if (spin_until(awake)) continue;
     std::unique_lock lock(mutex_);

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -17,14 +18,15 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int size() const { return static_cast<int>(workers_.size()) + 1; }
+  int size() const { return size_; }
 
-  // Calls task(i, thread) for i in [0, count); threads claim the next i as they become free, so a
-  // thread that is held up by another process does not hold up the rest. Returns when all are done.
+  // Calls task(i, thread) for i in [0, count). Each thread has a run of them as its share, so that it reads on where it
+  // stopped; who is done takes the last of another's share, so a thread that is held up by another process does not hold
+  // up the rest. Returns when all are done.
   // thread is in [0, size()). The calling thread takes part. Tasks do not throw. One caller at a time.
   template <typename Task>
   void run(std::int64_t count, const Task& task) {
-    if (count <= 1 || workers_.empty()) {
+    if (count <= 1 || size_ == 1) {
       for (std::int64_t i = 0; i < count; ++i) task(i, 0);
       return;
     }
@@ -45,15 +47,20 @@ class ThreadPool {
 
   void run_all(std::int64_t count, Call call, const void* task);
   void work(int thread);
-  bool claim(std::uint32_t& index);
+  bool claim(int thread, int& from, std::uint32_t& index);
   std::uint32_t drain(int thread);
   void report();
-  bool idle() const;
 
-  // The job: the number of tasks (high half) and the next to be claimed (low half), in one word, so that a
-  // claim always belongs to the job whose tasks it counts. A thread that comes late finds nothing left
-  // and touches nothing else.
-  alignas(64) std::atomic<std::uint64_t> ticket_{0};
+  // What is left of a thread's share: its first task (high half) and the one after its last (low half), in one word. A
+  // claim is a change of that word, so it always belongs to the job that is in it: a thread that comes late takes from the
+  // present job or finds nothing.
+  struct alignas(64) Share {
+    std::atomic<std::uint64_t> left{0};
+  };
+
+  int size_;
+  std::unique_ptr<Share[]> shares_;
+  alignas(64) std::atomic<std::uint32_t> jobs_{0};  // begun so far
   alignas(64) std::atomic<std::uint32_t> done_{0};
   alignas(64) std::atomic<Call> call_{nullptr};
   std::atomic<const void*> task_{nullptr};
