@@ -37,12 +37,12 @@ test-metal: $(VENV)/installed-test ## the Metal kernels on this Mac's GPU agains
 	@$(PY) -c 'import sys; from mixbit.kernels.mlx.backend import MlxBackend; \
 		reason = MlxBackend("metal").unavailable(); reason is None or sys.exit(f"no Metal to test: {reason}"); \
 		from mixbit.kernels.mlx.custom.launch import Launcher; assert Launcher.of_this_machine(), "our kernels would not run"'
-	@$(PY) -m pytest -q tests/kernels tests/parity/test_devices.py -k "metal and not host"
+	@$(PY) -m pytest -q tests/kernels tests/parity/test_devices.py tests/engine/test_streaming.py -k "metal and not host"
 	@$(PY) -m bench.gpu operations --json build/metal.json
 
 test-cuda: $(VENV)/installed-cuda ## the CUDA kernels: compiled by NVRTC, and compared with the reference where there is an NVIDIA GPU
 	@$(PY) -m pytest -q tests/kernels/cuda
-	@$(PY) -m pytest -q --timeout 1200 tests/kernels tests/parity/test_devices.py -k cuda  # MLX compiles for minutes
+	@$(PY) -m pytest -q --timeout 1200 tests/kernels tests/parity/test_devices.py tests/engine/test_streaming.py -k cuda  # MLX compiles for minutes
 
 test-torch: $(VENV)-torch/installed ## parity against transformers and torch, in an environment of its own
 	@$(VENV)-torch/bin/python -m pytest -q tests/torch_parity

@@ -52,9 +52,9 @@ def plan_memory(
             why = "the device cannot stream them (--device cpu can)"
         raise CacheError(f"memory for experts is set, but {why}; leave it out")
     if isinstance(backend, StreamingBackend) and streamed:
-        budget = usable_memory(config)
+        budget = usable_memory(config, backend)
         plain = replace(options, max_tokens=config.step_tokens or STEP_TOKENS)
-        least = weight_bytes + backend.step_bytes(program, plain) + _own_memory()
+        least = weight_bytes + backend.step_bytes(program, plain) + _program_memory(backend)
         if config.expert_bytes is not None or least + (config.cache_bytes or 0) > budget:
             return _streaming(program, weight_bytes - streamed, streamed, config, context_length, backend, plain)
     cache = cache_config(program, config, context_length, weight_bytes, backend)
@@ -73,8 +73,8 @@ def _streaming(
     backend: StreamingBackend,
     options: ExecutorOptions,
 ) -> MemoryPlan:
-    budget = _budget(config)
-    left = budget - dense - _own_memory()
+    budget, own = _budget(config, backend), _program_memory(backend)
+    left = budget - dense - own
     step = options.max_tokens
     if config.step_tokens is None:
         step = min(_LONGEST_STEP, max(step, context_length))
@@ -91,13 +91,13 @@ def _streaming(
         raise CacheError(
             f"of {_gigabytes(budget)} of memory, {_gigabytes(dense)} of weights that every token needs, "
             f"{_gigabytes(step_bytes)} for a step of {step} tokens, {_gigabytes(caches)} of caches and "
-            f"{_gigabytes(_own_memory())} for the program leave {_gigabytes(max(0, room))} for experts, "
+            f"{_gigabytes(own)} for the program leave {_gigabytes(max(0, room))} for experts, "
             f"of {_gigabytes(max(host, least))} that were asked for or one of each size takes; "
             "give more memory, or lower the context length, max_running or step_tokens"
         )
-    # The page cache is worth its copies where it holds more than the slots.
+    # The page cache is worth its copies where it holds more than the slots, or beside the slots of a device.
     spare = available_memory() - (budget - room) - host
-    direct = spare < host
+    direct = spare < host and not isinstance(backend, OwnMemory)
     why = "as asked" if config.expert_bytes is not None else f"the weights do not fit in {_gigabytes(budget)}"
     return MemoryPlan(
         cache,
@@ -109,15 +109,20 @@ def _streaming(
     )
 
 
-def _budget(config: EngineConfig) -> int:
+def _budget(config: EngineConfig, backend: object) -> int:
     """What was given; else what is free, but for a sixteenth that other programs may come to need."""
-    usable = usable_memory(config)
+    usable = usable_memory(config, backend)
     return int(config.memory_share * (usable if config.memory_bytes else usable * 15 // 16))
 
 
 def _all_slots(streamed: int) -> int:
     """More than the slots of all experts take with what page alignment costs them."""
     return streamed + streamed // 2
+
+
+def _program_memory(backend: object) -> int:
+    """Of the memory that the weights are in."""
+    return _MARGIN if isinstance(backend, OwnMemory) else _own_memory()
 
 
 def _own_memory() -> int:

@@ -48,9 +48,9 @@ def available_memory(cgroup: Path = _CGROUP) -> int:
     return max(0, min(available, limit - used + reclaimable))
 
 
-def usable_memory(config: EngineConfig) -> int:
-    """Bytes of main memory that there are, or fewer if it was said how many may be used."""
-    available = available_memory()
+def usable_memory(config: EngineConfig, backend: object = None) -> int:
+    """Bytes that there are, in main memory or of the device, or fewer if it was said how many may be used."""
+    available = backend.free_memory() if isinstance(backend, OwnMemory) else available_memory()
     return min(available, config.memory_bytes or available)
 
 
@@ -82,11 +82,12 @@ def cache_config(
     sequence of a useful length does.
     """
     width = _value_bytes(config, backend)
-    available = backend.free_memory() if isinstance(backend, OwnMemory) else usable_memory(config)
+    available = usable_memory(config, backend)
     if isinstance(backend, OwnMemory) and weight_bytes > available:
         raise CacheError(
             f"the model's weights ({_megabytes(weight_bytes)}) do not fit in the {_megabytes(available)} that are "
-            "free on the device; free some, or choose another with --device (cpu can stream experts from disk)"
+            "free on the device, or were given; free some, or choose another with --device (cpu and mlx-cuda stream "
+            "experts from disk)"
         )
     left_free = max(available - weight_bytes, available // 8)
     budget = config.cache_bytes or int(config.memory_share * left_free) // 2

@@ -41,7 +41,7 @@ def describe_streaming(model: LoadedModel, config: EngineConfig) -> Streaming | 
     plan = plan_memory(program, model.weight_bytes, config, model.context_length, backend, options)
     if plan.experts is None:
         return None
-    experts, memory = expert_bytes(program), min(plan.experts.host, expert_bytes(program))
+    experts, memory = expert_bytes(program), min(plan.experts.nbytes, expert_bytes(program))
     chosen = [
         (node.spec.top_k, sum(each.nbytes for each in stacks(node)) / node.spec.router.out_dim)
         for node in streamable(program)

@@ -27,13 +27,13 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True)
 class ExpertMemory:
-    """Where streamed experts may stay. host: bytes of main memory for slots.
+    """Where streamed experts may stay. nbytes: for slots, in the memory that the other weights are in.
 
     direct: read past the page cache. So where the slots take most of the memory; where they take little of it, the
     page cache is a second tier that costs a copy instead of the disk's time.
     """
 
-    host: int
+    nbytes: int
     direct: bool = True
 
 
@@ -61,10 +61,10 @@ class StreamingBackend(Protocol):
     """A backend that can stream experts: it heeds ExecutorOptions.experts."""
 
     def step_bytes(self, program: Program, options: ExecutorOptions) -> int:
-        """Bytes of main memory that steps of options.max_tokens take, beside weights and caches."""
+        """Bytes that steps of options.max_tokens take, beside weights and caches."""
 
     def least_expert_bytes(self, program: Program) -> int:
-        """The smallest ExpertMemory.host that this program runs with."""
+        """The smallest ExpertMemory.nbytes that this program runs with."""
 
 
 @runtime_checkable

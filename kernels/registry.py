@@ -8,15 +8,24 @@ from dataclasses import dataclass
 from mixbit.kernels.cpu.backend import CpuBackend
 from mixbit.kernels.cuda.backend import CudaBackend
 from mixbit.kernels.executor import Backend, BackendError
-from mixbit.kernels.mlx.backend import MlxBackend
+from mixbit.kernels.mlx.backend import MlxBackend, MlxCudaBackend
 from mixbit.kernels.reference.backend import ReferenceBackend
 
 __all__ = ["DEVICES", "BackendError", "Choice", "availability", "choose"]
 
 # In order of preference. The reference is never chosen by itself: it is the slow definition.
-_BACKENDS: tuple[Backend, ...] = (MlxBackend("metal", own_kernels=True), CudaBackend(), CpuBackend())
+_BACKENDS: tuple[Backend, ...] = (
+    MlxBackend("metal", own_kernels=True),
+    CudaBackend(),
+    MlxCudaBackend(own_kernels=True),
+    CpuBackend(),
+)
 _ONLY_BY_NAME: tuple[Backend, ...] = (MlxBackend("mlx-cpu"), ReferenceBackend())
-_STOCK: Mapping[str, Backend] = {"metal": MlxBackend("metal"), "cuda": MlxBackend("mlx-cuda")}  # by device
+_STOCK: Mapping[str, Backend] = {  # by device
+    "metal": MlxBackend("metal"),
+    "cuda": MlxCudaBackend(),
+    "mlx-cuda": MlxCudaBackend(),
+}
 
 DEVICES = ("auto", *(backend.name for backend in _BACKENDS + _ONLY_BY_NAME))
 

@@ -105,9 +105,9 @@ class CpuBackend:
         native = self._native(cache, options)
         if options.experts is None:
             return CpuExecutor(native, record(program, native, {}), program.hidden.dim)
-        if options.experts.host < (least := self.least_expert_bytes(program)):
+        if options.experts.nbytes < (least := self.least_expert_bytes(program)):
             raise BackendError(
-                f"{options.experts.host} bytes of memory for experts; one of each size takes {least}: give more"
+                f"{options.experts.nbytes} bytes of memory for experts; one of each size takes {least}: give more"
             )
         files = _files(program)
         _stream(native, files, options.experts)
@@ -172,7 +172,7 @@ def _arrays(matrix: Matrix) -> tuple[npt.NDArray[np.generic], ...]:
 
 def _stream(native: _cpu.Program, files: Mapping[Path, int], memory: ExpertMemory) -> None:
     names = [str(file) for file in files]
-    native.stream_experts(files=names, bytes=memory.host, direct=memory.direct, threads=READERS)
+    native.stream_experts(files=names, bytes=memory.nbytes, direct=memory.direct, threads=READERS)
 
 
 def _slot_bytes(node: ops.Moe) -> int:

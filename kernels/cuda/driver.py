@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixbit.kernels.executor import BackendError
+from mixbit.kernels.nvidia import missing_driver
 
 Size = tuple[int, int, int]
 
@@ -54,10 +55,8 @@ def _call(name: str, *arguments: Any) -> Any:
 
 def unavailable() -> str | None:
     """None if there is a driver with a device, else what is missing."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "there is no NVIDIA driver here"
+    if reason := missing_driver():
+        return reason
     try:
         _driver()
     except ImportError:

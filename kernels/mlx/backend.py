@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Literal
 
 from mixbit.kernels.executor import CacheConfig, ExecutorOptions
+from mixbit.kernels.nvidia import missing_driver
 from mixbit.kernels.ops import Moe, Program
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class MlxBackend:
             return "this is not macOS"
         if self.name == "mlx-cuda" and sys.platform == "darwin":
             return "macOS has no CUDA"
+        if self.name == "mlx-cuda" and (reason := missing_driver()):
+            return reason
         if importlib.util.find_spec("mlx") is None:
             return "mlx is not installed"
         try:
@@ -63,7 +66,7 @@ class MlxBackend:
         return 4 * options.max_tokens * (8 * widest + 2 * chosen)
 
     def least_expert_bytes(self, program: Program) -> int:
-        """One expert in each layer."""
+        """Two experts in each layer."""
         from mixbit.kernels.mlx.streaming import least_bytes
 
         return least_bytes(program)
@@ -86,3 +89,20 @@ class MlxBackend:
         import mlx.core as mx
 
         return mx.cpu if self.name == "mlx-cpu" else mx.gpu
+
+
+class MlxCudaBackend(MlxBackend):
+    """MLX on an NVIDIA GPU, whose memory is its own."""
+
+    def __init__(self, *, own_kernels: bool = False) -> None:
+        super().__init__("mlx-cuda", own_kernels=own_kernels)
+
+    def free_memory(self) -> int:
+        """Bytes of the device that can be allocated now, those that MLX keeps for the next arrays included."""
+        import mlx.core as mx
+
+        return int(mx.device_info(mx.Device(mx.gpu, 0))["free_memory"]) + mx.get_cache_memory()
+
+    def value_bytes(self, dtype: str | None) -> int:
+        """Bytes of a cached key or value; where the checkpoint decides, at most these."""
+        return 2 if dtype in {"float16", "bfloat16"} else 4

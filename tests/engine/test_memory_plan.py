@@ -59,7 +59,7 @@ def test_weights_that_do_not_fit_have_their_experts_streamed(model: LoadedModel)
     assert plan(model, weights=weights, memory_bytes=weights + OWN + 4_000_000, **settings).experts is None
     found = plan(model, weights=weights, memory_bytes=weights + OWN + 2_000_000, **settings)
     assert found.experts is not None
-    assert experts - 2_000_000 < found.experts.host < experts
+    assert experts - 2_000_000 < found.experts.nbytes < experts
     assert found.step_tokens == 8
     for part in ("are streamed from disk through", "do not fit in 10.2 GB", "10.0 GB of weights stay in memory"):
         assert part in found.explanation
@@ -73,7 +73,7 @@ def test_steps_are_long_where_experts_are_streamed(model: LoadedModel) -> None:
 def test_the_page_cache_is_used_where_it_is_larger_than_the_slots(model: LoadedModel) -> None:
     experts = plan(model, expert_bytes=1_000_000).experts
     assert experts is not None
-    assert (experts.host, experts.direct) == (1_000_000, False)
+    assert (experts.nbytes, experts.direct) == (1_000_000, False)
     experts = plan(model, expert_bytes=9 * GB).experts
     assert experts is not None
     assert experts.direct
@@ -92,6 +92,32 @@ def test_what_cannot_be_had_is_refused_with_the_numbers(
 ) -> None:
     with pytest.raises(CacheError, match=message):
         plan(model, **settings)
+
+
+class Card(CpuBackend):
+    """A device that streams, with memory of its own."""
+
+    def free_memory(self) -> int:
+        return 8 * GB
+
+    def value_bytes(self, dtype: str | None) -> int:
+        return 2
+
+
+def test_a_device_plans_with_its_own_memory(model: LoadedModel) -> None:
+    """16 GB of main memory are free, 8 GB of the device, where this process has taken nothing but a margin."""
+
+    def on_card(weights: int, **settings: Any) -> MemoryPlan:
+        config = EngineConfig(model="", max_running=2, step_tokens=8, cache_bytes=3_000_000, **settings)
+        return plan_memory(model.program, weights, config, 4096, Card(), ExecutorOptions(max_tokens=1))
+
+    assert on_card(7 * GB).explanation == "weights of 7.0 GB stay on the device"
+    found = on_card(7 * GB, memory_bytes=7 * GB + (256 << 20) + 2_000_000)
+    assert found.experts is not None
+    assert not found.experts.direct, "main memory is the second tier"
+    assert "(the weights do not fit in 7.3 GB)" in found.explanation
+    with pytest.raises(CacheError, match=r"of 7\.5 GB of memory, 9\.0 GB of weights"):
+        on_card(9 * GB)
 
 
 def test_a_model_without_experts_has_none_to_stream(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from mixbit.kernels.executor import ExecutorOptions
+from mixbit.kernels.memory import OwnMemory
 from mixbit.kernels.mlx import weights as weights_module
-from mixbit.kernels.mlx.backend import MlxBackend
+from mixbit.kernels.mlx.backend import MlxBackend, MlxCudaBackend
 from mixbit.kernels.mlx.executor import activation_dtype
 from mixbit.kernels.mlx.step import Step
 from mixbit.kernels.mlx.weights import Weights
@@ -25,6 +26,7 @@ from tests.kernels.builders import CACHE, DTYPES, Sequences, Tensors, all_rows, 
 def test_without_mlx(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(sys, "platform", "darwin" if name == "metal" else "linux")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("mixbit.kernels.mlx.backend.missing_driver", lambda: None)
     assert MlxBackend(name).unavailable() == "mlx is not installed"  # type: ignore[arg-type]
 
 
@@ -42,7 +44,25 @@ def test_mlx_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason.startswith("mlx cannot be imported: ")
 
 
+def test_without_a_driver_mlx_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("mixbit.kernels.mlx.backend.missing_driver", lambda: "no driver")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: pytest.fail("looked for mlx"))
+    assert MlxCudaBackend().unavailable() == "no driver"
+
+
+def test_a_gpu_of_mlx_counts_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MLX keeps for its next arrays is free too."""
+    monkeypatch.setattr(mx, "device_info", lambda device: {"free_memory": 1000} if device.type == mx.gpu else {})
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 50)
+    assert isinstance(MlxCudaBackend(), OwnMemory)
+    assert MlxCudaBackend().free_memory() == 1050
+    assert [MlxCudaBackend().value_bytes(dtype) for dtype in (None, "float32", "bfloat16")] == [4, 4, 2]
+    assert not isinstance(MlxBackend("metal"), OwnMemory)
+
+
 def test_devices_that_mlx_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixbit.kernels.mlx.backend.missing_driver", lambda: None)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     monkeypatch.setattr(sys, "platform", "linux")

@@ -1,4 +1,4 @@
-"""Experts in slots of an MLX device: the same numbers with one slot a layer and with all, counts, faults, refusals."""
+"""Experts in slots of an MLX device: the same numbers with two slots a layer and with all, counts, faults, refusals."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def compile_with(program: Program, slots: int | None, dtype: Dtype | None = None) -> MlxExecutor:
     """slots: of each layer."""
-    host = 0 if slots is None else slots * BACKEND.least_expert_bytes(program)
-    memory = None if slots is None else ExpertMemory(host)
+    memory = None if slots is None else ExpertMemory(slots * BACKEND.least_expert_bytes(program) // 2)
     return BACKEND.compile(program, CACHE, ExecutorOptions(max_tokens=64, dtype=dtype, experts=memory))
 
 
@@ -52,10 +51,10 @@ def outputs(executor: MlxExecutor) -> FloatArray:
 
 def test_the_protocols_are_met(path: Path) -> None:
     assert isinstance(BACKEND, StreamingBackend)
-    assert isinstance(compile_with(load(path).program, 1), StreamingExecutor)
+    assert isinstance(compile_with(load(path).program, 2), StreamingExecutor)
 
 
-@pytest.mark.parametrize("slots", [1, 3, 7, EXPERTS])
+@pytest.mark.parametrize("slots", [2, 3, 7, EXPERTS])
 def test_results_equal_the_resident_form(path: Path, slots: int) -> None:
     program = load(path).program
     streamed = compile_with(program, slots)
@@ -72,7 +71,7 @@ def test_results_equal_the_resident_form(path: Path, slots: int) -> None:
 def test_slots_stay_within_their_memory(path: Path) -> None:
     program = load(path).program
     streamed = compile_with(program, 5)
-    assert 0 < streamed.expert_bytes <= 5 * BACKEND.least_expert_bytes(program)
+    assert 0 < streamed.expert_bytes <= 5 * BACKEND.least_expert_bytes(program) // 2
     each = {counts.bytes_read for counts in streamed.expert_counts()}
     assert each == {0}, "nothing is read before it is chosen"
 
@@ -80,7 +79,7 @@ def test_slots_stay_within_their_memory(path: Path) -> None:
 def test_too_little_memory_is_refused_with_what_it_takes(path: Path) -> None:
     program = load(path).program
     options = ExecutorOptions(max_tokens=8, experts=ExpertMemory(1000))
-    with pytest.raises(BackendError, match=r"1000 bytes of memory for experts; one in each layer takes \d+: give more"):
+    with pytest.raises(BackendError, match=r"1000 bytes of memory for experts; 2 in each layer take \d+: give more"):
         BACKEND.compile(program, CACHE, options)
 
 

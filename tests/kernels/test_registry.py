@@ -56,7 +56,7 @@ def test_device_that_cannot_run_here() -> None:
 
 @pytest.mark.usefixtures("fakes")
 def test_unknown_device_lists_the_known() -> None:
-    with pytest.raises(BackendError, match=r"unknown device 'tpu'; choose one of: auto, metal, cuda, cpu"):
+    with pytest.raises(BackendError, match=r"unknown device 'tpu'; choose one of: auto, metal, cuda, mlx-cuda, cpu"):
         choose("tpu")
 
 

@@ -19,7 +19,7 @@ import pytest
 from mixbit.engine.loader import load
 from mixbit.kernels.cuda.backend import CudaBackend
 from mixbit.kernels.executor import Backend, Dtype
-from mixbit.kernels.mlx.backend import MlxBackend
+from mixbit.kernels.mlx.backend import MlxBackend, MlxCudaBackend
 from mixbit.kernels.ops import Program
 from mixbit.kernels.reference.backend import ReferenceBackend
 from tests.checkpoints import CONFIGS, ROUTERS_AT_8_BITS, VOCAB_SIZE, Width, write_checkpoint
@@ -39,8 +39,8 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "metal text on host": _metal_on_host,
     "metal stock": lambda: MlxBackend("metal"),
     "metal own": lambda: MlxBackend("metal", own_kernels=True),
-    "mlx-cuda stock": lambda: MlxBackend("mlx-cuda"),
-    "mlx-cuda own": lambda: MlxBackend("mlx-cuda", own_kernels=True),
+    "mlx-cuda stock": MlxCudaBackend,
+    "mlx-cuda own": lambda: MlxCudaBackend(own_kernels=True),
     "cuda": CudaBackend,
 }
 # Widest difference of a logit over the logits' standard deviation. CUDA's tensor cores truncate in float32.

@@ -85,7 +85,7 @@ def test_results_are_those_of_the_resident_form_to_the_bit(
     streaming = compile_cpu(program, memory, precision)
     got = converse(streaming)
     np.testing.assert_array_equal(got, converse(compile_cpu(program, None, precision)))
-    assert 0 < streaming.expert_bytes <= memory.host
+    assert 0 < streaming.expert_bytes <= memory.nbytes
     counts = streaming.expert_counts()
     layers = list(streamable(program))
     assert len(counts) == len(layers)

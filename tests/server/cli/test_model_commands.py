@@ -186,7 +186,7 @@ def test_doctor_tells_what_runs_here(monkeypatch: pytest.MonkeyPatch, capsys: Ou
     document = json.loads(capsys.readouterr().out)
     runs = {backend["name"]: backend["available"] for backend in document["backends"]}
     assert runs[document["chosen"]]
-    assert set(runs) == {"metal", "cuda", "cpu"}
+    assert set(runs) == {"metal", "cuda", "mlx-cuda", "cpu"}
     assert 1 <= document["machine"]["usable_cores"] <= document["machine"]["cores"]
     assert 0 < document["machine"]["memory_available"] <= document["machine"]["memory_total"]
     monkeypatch.setenv("COLUMNS", "80")
