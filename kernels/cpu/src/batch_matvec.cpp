@@ -1,9 +1,15 @@
 // Matrices of any widths that share an input, in one region.
+#include <numeric>
+
 #include "checks.h"
 #include "linear.h"
 
 namespace mixbit {
 namespace {
+
+// Tokens that meet all matrices before the next ones do: more, and what they read and write leaves the caches between two
+// tiles.
+constexpr std::int64_t slice_tokens = 512;
 
 class BatchMatvec final : public Op {
  public:
@@ -23,6 +29,8 @@ class BatchMatvec final : public Op {
       ready_.serve(parts_[i].matrix);
       total_rows_ += outs_[i].dim;
     }
+    order_.resize(static_cast<std::size_t>(context.limits.max_tokens));
+    std::iota(order_.begin(), order_.end(), 0);
   }
 
   void run(const Step& step) override {
@@ -30,20 +38,26 @@ class BatchMatvec final : public Op {
     if (count == 0) return;
     Machine& machine = context_.machine;
     prepare_rows(machine, ready_, step.row(x_, 0), count, x_.dim);
+    const std::int64_t slices = (count + slice_tokens - 1) / slice_tokens;
     tiles_.clear();
     for (const Linear& part : parts_) {
-      tiles_.add(part.matrix.rows, tile_rows(part.matrix, count, total_rows_, machine.pool.size()));
+      tiles_.add(part.matrix.rows, tile_rows(part.matrix, count / slices, total_rows_, machine.pool.size()));
     }
-    machine.pool.run(tiles_.size(), [&](std::int64_t i, int) { compute(step, tiles_[i], count); });
+    machine.pool.run(slices * tiles_.size(), [&](std::int64_t i, int) {
+      const std::int64_t slice = i / tiles_.size(), first = count * slice / slices;
+      compute(step, tiles_[i % tiles_.size()], first, count * (slice + 1) / slices - first);
+    });
   }
 
  private:
-  void compute(const Step& step, const Tile& tile, std::int64_t count) const {
+  // Of tokens [first, first + count).
+  void compute(const Step& step, const Tile& tile, std::int64_t first, std::int64_t count) const {
     const auto& [matrix, bias] = parts_[tile.part];
     const Value& out = outs_[tile.part];
-    matmul_rows(context_.machine.isa, matrix, ready_, nullptr, count, tile.begin, tile.end, step.row(out, 0), out.dim);
+    matmul_rows(context_.machine.isa, matrix, ready_, order_.data() + first, count, tile.begin, tile.end,
+                step.row(out, first), out.dim);
     if (bias.empty()) return;
-    for (std::int64_t i = 0; i < count; ++i) {
+    for (std::int64_t i = first; i < first + count; ++i) {
       float* y = step.row(out, i) + tile.begin;
       context_.machine.ops.add(y, bias.data() + tile.begin, tile.end - tile.begin, y);
     }
@@ -55,6 +69,7 @@ class BatchMatvec final : public Op {
   std::vector<Value> outs_;
   Activations& ready_;
   std::int64_t total_rows_ = 0;
+  std::vector<std::int32_t> order_;  // 0, 1, 2, ...: an index of tokens
   Tiling tiles_;
 };
 

@@ -252,6 +252,21 @@ def test_weights_may_lie_at_odd_addresses(bits: int, dtype: str) -> None:
     np.testing.assert_array_equal(run(moved), run(q))
 
 
+def test_tokens_of_a_long_step_are_computed_in_slices_equal_to_the_bit() -> None:
+    t = Tensors()
+    specs = [BatchMatvecSpec(t.quantized(rows, 64, bits=bits), t.dense(rows)) for rows, bits in ((40, 4), (24, 8))]
+    program = program_of(t.values(1300, 64), lambda b, v: b.batch_matvec(v, *specs)[1])
+    tokens = np.arange(1300)
+
+    def run(part: npt.NDArray[np.int64]) -> FloatArray:
+        step = Sequences(LONG, count=1).step({0: [int(token) for token in part]})
+        return compile_cpu(program, LONG, max_tokens=1300).run(step)
+
+    whole = run(tokens)
+    np.testing.assert_array_equal(whole, np.concatenate([run(part) for part in np.split(tokens, 13)]))
+    assert len(np.unique(whole, axis=0)) == len(tokens)
+
+
 def test_weights_are_not_copied() -> None:
     t = Tensors()
     q = t.quantized(32, 64, bits=4)
