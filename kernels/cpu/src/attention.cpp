@@ -15,6 +15,7 @@ namespace {
 constexpr std::int64_t tile_rows = 48;   // queries of a tile, about
 constexpr std::int64_t pass_keys = 128;  // scores of a row kept at a time, about
 constexpr std::int64_t run_keys = 512;   // keys of a run, about
+constexpr std::int64_t write_values = 512;  // keys of tokens that are written together, about: lines that nobody has near
 constexpr float log2_e = 1.44269504f;
 
 // Those of VectorOps that go with a storage.
@@ -76,6 +77,8 @@ class Attention final : public Op {
     std::int64_t size;
   };
 
+  static std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
+
   std::int64_t max_rows() const { return tile_tokens_ * group_; }
   std::int64_t partial_size() const { return max_rows() * (pool_.value_stride + 2); }
 
@@ -119,7 +122,8 @@ class Attention final : public Op {
   }
 
   void write(const Step& step) {
-    context_.machine.pool.run_ranges(step.tokens, 8, [&](auto begin, auto end, int thread) {
+    const std::int64_t grain = std::max<std::int64_t>(1, write_values / (spec_.kv_heads * spec_.head_dim));
+    context_.machine.pool.run_ranges(step.tokens, grain, [&](auto begin, auto end, int thread) {
       const Scratch s = scratch(context_.workspace.own(thread));
       for (auto t = begin; t < end; ++t) {
         const bool last = t + 1 == step.tokens || step.blocks[t + 1] != step.blocks[t];
@@ -164,8 +168,14 @@ class Attention final : public Op {
     if constexpr (!std::is_same_v<Storage, float>) ops.pack_lefts(first, q - first);
   }
 
-  void attend_run(const Step& step, const QueryTile& tile, std::int64_t run, const Scratch& s,
-                  const Partial& to) const {
+  // A run of the keys of a tile.
+  struct Run {
+    const QueryTile* tile;  // null: none
+    std::int64_t number;
+  };
+
+  void attend_run(const Step& step, const Run& run, const Run& next, const Scratch& s, const Partial& to) const {
+    const QueryTile& tile = *run.tile;
     AttentionTile<Storage> t;
     t.q = s.q;
     t.rows = (tile.end - tile.begin) * group_;
@@ -182,12 +192,20 @@ class Attention final : public Op {
     t.block_size = context_.limits.block_size;
     t.key_stride = pool_.key_stride;
     t.blocks_per_pass = blocks_per_pass_;
-    t.begin = run * run_;
+    t.begin = run.number * run_;
     t.end = std::min(t.begin + run_, step.positions[tile.end - 1] + std::int64_t{1});
     t.scores = s.scores;
     t.out = to.out;
     t.peak = to.peak;
     t.total = to.total;
+    if (next.tile != nullptr) {
+      const std::int32_t* blocks = step.block_tables + next.tile->sequence * step.table_width;
+      const std::int64_t size = context_.limits.block_size, first = next.number * run_ / size;
+      const std::int64_t end = step.positions[next.tile->end - 1] / size + 1;
+      for (std::int64_t i = first; i < std::min(first + 2, end); ++i) {
+        t.next[i - first] = pool_.keys(next.tile->head) + blocks[i] * pool_.key_block_stride;
+      }
+    }
     attend(context_.machine.ops, t);
   }
 
@@ -225,12 +243,14 @@ class Attention final : public Op {
   }
 
   void attend_whole(const Step& step, std::int64_t i, int thread) const {
-    const QueryTile& tile = tiles_[static_cast<std::size_t>(i)];
+    const QueryTile& tile = tiles_[index(i)];
     const Scratch s = scratch(context_.workspace.own(thread));
     load_queries(step, tile, s.q);
-    attend_run(step, tile, 0, s, s.sum);
+    const QueryTile* next = index(i) + 1 < tiles_.size() ? &tile + 1 : nullptr;  // of the same thread, mostly
+    const auto after = [&](std::int64_t run) { return run + 1 < tile.runs ? Run{&tile, run + 1} : Run{next, 0}; };
+    attend_run(step, {&tile, 0}, after(0), s, s.sum);
     for (std::int64_t run = 1; run < tile.runs; ++run) {
-      attend_run(step, tile, run, s, s.next);
+      attend_run(step, {&tile, run}, after(run), s, s.next);
       merge(s.sum, s.next, (tile.end - tile.begin) * group_);
     }
     finish(step, tile, s.sum);
@@ -245,14 +265,14 @@ class Attention final : public Op {
     };
     context_.machine.pool.run(tiles * most, [&](std::int64_t task, int thread) {
       const std::int64_t i = task % tiles, run = task / tiles;
-      const QueryTile& tile = tiles_[static_cast<std::size_t>(i)];
+      const QueryTile& tile = tiles_[index(i)];
       if (run >= tile.runs) return;
       const Scratch s = scratch(context_.workspace.own(thread));
       load_queries(step, tile, s.q);
-      attend_run(step, tile, run, s, place(i, run));
+      attend_run(step, {&tile, run}, {}, s, place(i, run));
     });
     for (std::int64_t i = 0; i < tiles; ++i) {
-      const QueryTile& tile = tiles_[static_cast<std::size_t>(i)];
+      const QueryTile& tile = tiles_[index(i)];
       for (std::int64_t run = 1; run < tile.runs; ++run) {
         merge(place(i, 0), place(i, run), (tile.end - tile.begin) * group_);
       }

@@ -40,6 +40,7 @@ struct Int8Args {
   std::int64_t row_end;
   float* y;
   std::int64_t y_stride;
+  const std::byte* next;  // the codes that the thread reads after these rows, which it fetches near their end
 };
 
 // One row to be quantized. Groups beyond the last get zeros, up to a multiple of 16 groups and of 128 codes. A group has

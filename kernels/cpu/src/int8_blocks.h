@@ -17,6 +17,12 @@ constexpr int piece_codes = 8 * tile_rows * 4;  // bytes of a piece of every row
 
 constexpr Index fetched_ahead = 30000;  // bytes: the memory's delay at its full rate, several times
 
+// Where the codes are that come so far after those at `from`, in the order of reading.
+inline const std::byte* ahead_of(const Int8Args& args, const std::byte* from) {
+  const std::byte *place = from + fetched_ahead, *end = args.weight + args.row_end * args.row_bytes;
+  return place < end ? place : args.next + (place - end);
+}
+
 // Asks for the scales and biases of `rows` rows as far ahead: streams too thin for the processor to look ahead in.
 inline void fetch_scales(const Int8Args& args, Index row, Index rows) {
   const Index bytes = args.groups * (args.dtype == DType::f32 ? 4 : 2);

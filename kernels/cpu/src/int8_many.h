@@ -223,7 +223,7 @@ void many_slice(const Int8Args& args, Index begin, Index end) {
       }
       if (begin == 0 && first == 0) fetch_scales(args, row, filled * tile_rows);
       constexpr Index of_tile = tile_rows * (G * bits / 8);  // bytes of a group
-      const Pointer ahead = args.weight + row * args.row_bytes + first * filled * of_tile + fetched_ahead;
+      const Pointer ahead = ahead_of(args, args.weight + row * args.row_bytes + first * filled * of_tile);
       for (Index block = 0; block < blocks; ++block) {
         const Index fetched = block == 0 ? of_tile : 0, from = part(block), count = part(block + 1) - from;
         Index n = 0;

@@ -23,13 +23,13 @@ inline void serve_inputs(const MlpWeights& w, Activations& x, Activations& hidde
 }
 
 // hidden[i * stride + r] = silu(gate x) * up x for rows [begin, end) of gate and up.
-// scratch: count * (end - begin) floats.
+// scratch: count * (end - begin) floats. next: see matmul_rows.
 inline void swiglu_rows(const Machine& machine, const MlpWeights& w, const Activations& x, const std::int32_t* index,
                         std::int64_t count, std::int64_t begin, std::int64_t end, float* hidden, std::int64_t stride,
-                        float* scratch) {
+                        float* scratch, const std::byte* next) {
   const std::int64_t width = end - begin;
-  matmul_rows(machine.isa, w.gate, x, index, count, begin, end, hidden, stride);
-  matmul_rows(machine.isa, w.up, x, index, count, begin, end, scratch - begin, width);
+  matmul_rows(machine.isa, w.gate, x, index, count, begin, end, hidden, stride, w.up.row(begin));
+  matmul_rows(machine.isa, w.up, x, index, count, begin, end, scratch - begin, width, next);
   for (std::int64_t i = 0; i < count; ++i) {
     float* y = hidden + i * stride + begin;
     machine.ops.silu_mul(y, scratch + i * width, width, y);

@@ -137,13 +137,14 @@ void Activations::prepare_exact(std::int64_t row, const float* x, std::int64_t d
 
 void matmul_rows(Isa isa, const Matrix& w, const Activations& x, const std::int32_t* index,
                  std::int64_t count, std::int64_t row_begin, std::int64_t row_end, float* y,
-                 std::int64_t y_stride) {
+                 std::int64_t y_stride, const std::byte* next) {
   if (count <= 0 || row_begin >= row_end) return;
   if (w.takes_int8()) {
     const Activations::Int8& form = *x.int8_for(w);
     int8_kernels(isa).matmul({w.weight, w.scales, w.biases, w.dtype, w.bits, w.group_size, w.groups(), w.row_bytes(),
                               form.rows.data(), form.stride, form.factors, form.sums, form.rest, form.rest_factors,
-                              form.mask, index, count, row_begin, row_end, y, y_stride});
+                              form.mask, index, count, row_begin, row_end, y, y_stride,
+                              next != nullptr ? next : w.row(row_end)});
     return;
   }
   MatmulArgs args = weight_args(w);

@@ -29,7 +29,7 @@ class Activations {
 
  private:
   friend void matmul_rows(Isa, const Matrix&, const Activations&, const std::int32_t*, std::int64_t, std::int64_t,
-                          std::int64_t, float*, std::int64_t);
+                          std::int64_t, float*, std::int64_t, const std::byte*);
 
   // Rows of `stride` values, zero from dim up to the next multiple of 32; rows of sums, a part for each group size,
   // zero up to the next multiple of 16.
@@ -61,10 +61,10 @@ class Activations {
 // i' = index ? index[i] : i. Accumulates in float32. `w` is a single matrix (take Matrix::expert first), which x
 // serves; x was prepared with w.cols values. Where w.takes_int8(), x is as quantized and a row of y is the same
 // whatever the other rows are. Called from many threads at once, on disjoint rows; the tile size
-// is the caller's (see preferred_tile).
+// is the caller's (see preferred_tile). next: the weights that the thread will read then, a hint; null: the next rows.
 void matmul_rows(Isa isa, const Matrix& w, const Activations& x, const std::int32_t* index,
                  std::int64_t count, std::int64_t row_begin, std::int64_t row_end, float* y,
-                 std::int64_t y_stride);
+                 std::int64_t y_stride, const std::byte* next = nullptr);
 
 // Rows that one call should cover: enough work to be worth a claim by a thread, few enough to share out.
 std::int64_t preferred_tile(const Matrix& w, std::int64_t count);

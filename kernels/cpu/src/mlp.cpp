@@ -31,21 +31,20 @@ class Mlp final : public Op {
     float* hidden = context_.workspace.shared();
 
     prepare_rows(machine, ready_, step.row(x_, 0), count, x_.dim);
-    tiles_.clear();
-    tiles_.add(width_, bounded_tile(weights_.gate, count, count, width_, threads));
-    machine.pool.run(tiles_.size(), [&](std::int64_t i, int thread) {
-      const Tile tile = tiles_[i];
-      swiglu_rows(machine, weights_, ready_, nullptr, count, tile.begin, tile.end, hidden, width_,
-                  context_.workspace.own(thread));
+    const std::int64_t tile = bounded_tile(weights_.gate, count, count, width_, threads);
+    const std::int64_t down_tile = tile_rows(weights_.down, count, out_.dim, threads);
+    const std::int64_t down_tiles = (out_.dim + down_tile - 1) / down_tile;
+    machine.pool.run_ranges(width_, tile, [&](auto begin, auto end, int thread) {
+      const bool last = (end + tile - 1) / tile == machine.pool.first((width_ + tile - 1) / tile, thread + 1);
+      const std::byte* next =
+          last ? weights_.down.row(machine.pool.first(down_tiles, thread) * down_tile) : weights_.gate.row(end);
+      swiglu_rows(machine, weights_, ready_, nullptr, count, begin, end, hidden, width_, context_.workspace.own(thread),
+                  next);
     });
 
     prepare_rows(machine, hidden_, hidden, count, width_);
-    tiles_.clear();
-    tiles_.add(out_.dim, tile_rows(weights_.down, count, out_.dim, threads));
-    machine.pool.run(tiles_.size(), [&](std::int64_t i, int) {
-      const Tile tile = tiles_[i];
-      matmul_rows(machine.isa, weights_.down, hidden_, nullptr, count, tile.begin, tile.end, step.row(out_, 0),
-                  out_.dim);
+    machine.pool.run_ranges(out_.dim, down_tile, [&](auto begin, auto end, int) {
+      matmul_rows(machine.isa, weights_.down, hidden_, nullptr, count, begin, end, step.row(out_, 0), out_.dim);
     });
   }
 
@@ -57,7 +56,6 @@ class Mlp final : public Op {
   std::int64_t width_;
   Activations& ready_;
   Activations& hidden_;
-  Tiling tiles_;
 };
 
 }  // namespace

@@ -159,7 +159,7 @@ class Moe final : public Op {
           break;
         case of_shared:
           swiglu_rows(machine, *weights_.shared, ready_, nullptr, count, tile.begin, tile.end, b.shared_hidden,
-                      shared_width_, context_.workspace.own(thread));
+                      shared_width_, context_.workspace.own(thread), weights_.shared->gate.row(tile.end));
       }
     });
   }
@@ -193,8 +193,12 @@ class Moe final : public Op {
     machine.pool.run(tiles_.size(), [&](std::int64_t i, int thread) {
       const Tile tile = tiles_[i];
       const auto& [e, first, pairs] = group(tile.part);
+      const Matrix& gate = wave_weights_[tile.part].gate;
+      const std::byte* next = tile.end < width_                      ? gate.row(tile.end)
+                              : tile.part + 1 < wave_weights_.size() ? wave_weights_[tile.part + 1].gate.weight
+                                                                     : wave_weights_.front().down.weight;
       swiglu_rows(machine, wave_weights_[tile.part], ready_, grouping_.tokens() + first, pairs, tile.begin, tile.end,
-                  b.hidden + first * width_, width_, context_.workspace.own(thread));
+                  b.hidden + first * width_, width_, context_.workspace.own(thread), next);
     });
     prepare_hidden(b);
   }
@@ -242,8 +246,12 @@ class Moe final : public Op {
     const Machine& machine = context_.machine;
     const std::int64_t width = tile.end - tile.begin;
     const auto& [e, first, pairs] = group(place);
+    const bool last = place + 1 == wave_weights_.size();
+    const std::byte* next = !last             ? wave_weights_[place + 1].down.row(tile.begin)
+                            : weights_.shared ? weights_.shared->down.row(tile.begin)
+                                              : wave_weights_.front().down.row(tile.end);
     matmul_rows(machine.isa, wave_weights_[place].down, hidden_, grouping_.pairs() + first, pairs, tile.begin, tile.end,
-                scratch - tile.begin, width);
+                scratch - tile.begin, width, next);
     add_outputs(step, grouping_.groups()[wave_[place]], tile, scratch, width);
   }
 
@@ -261,7 +269,7 @@ class Moe final : public Op {
     const Machine& machine = context_.machine;
     const std::int64_t width = tile.end - tile.begin;
     matmul_rows(machine.isa, weights_.shared->down, *shared_hidden_, nullptr, count, tile.begin, tile.end,
-                scratch - tile.begin, width);
+                scratch - tile.begin, width, wave_weights_.front().down.row(tile.end));
     for (std::int64_t t = 0; t < count; ++t) {
       const float factor = weights_.shared_gate ? 1 / (1 + std::exp(-b.shared_gate[t])) : 1;
       machine.ops.axpy(factor, scratch + t * width, width, step.row(out_, t) + tile.begin);

@@ -93,10 +93,8 @@ void ThreadPool::run_all(std::int64_t count, Call call, const void* task) {
   call_.store(call, std::memory_order_relaxed);
   task_.store(task, std::memory_order_relaxed);
   done_.store(0, std::memory_order_relaxed);
-  const std::int64_t threads = size();
-  for (std::int64_t t = 0; t < threads; ++t) {
-    shares_[static_cast<std::size_t>(t)].left.store(pack(count * t / threads, count * (t + 1) / threads),
-                                                    std::memory_order_release);
+  for (int t = 0; t < size(); ++t) {
+    shares_[static_cast<std::size_t>(t)].left.store(pack(first(count, t), first(count, t + 1)), std::memory_order_release);
   }
   jobs_.fetch_add(1, std::memory_order_seq_cst);  // ordered before sleeping_: no wake-up is lost
   if (sleeping_.load(std::memory_order_seq_cst) > 0) {

@@ -20,6 +20,9 @@ class ThreadPool {
 
   int size() const { return size_; }
 
+  // The first of a thread's share of `count` tasks.
+  std::int64_t first(std::int64_t count, int thread) const { return count * thread / size_; }
+
   // Calls task(i, thread) for i in [0, count). Each thread has a run of them as its share, so that it reads on where it
   // stopped; who is done takes the last of another's share, so a thread that is held up by another process does not hold
   // up the rest. Returns when all are done.

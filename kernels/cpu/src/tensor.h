@@ -32,6 +32,7 @@ struct Matrix {
 
   bool takes_int8() const { return precision != Precision::exact && bits > 1; }
   std::int64_t row_bytes() const { return bits == 0 ? cols * size_of(dtype) : cols * bits / 8; }
+  const std::byte* row(std::int64_t r) const { return weight + r * row_bytes(); }
   std::int64_t groups() const { return bits == 0 ? 0 : cols / group_size; }
 
   // The matrix of one expert.

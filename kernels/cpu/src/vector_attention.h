@@ -35,15 +35,24 @@ inline void weigh(float* scores, std::int64_t n, float* out, std::int64_t out_n,
   total += sum(totals);
 }
 
+// Of a block's keys: as many as of its values, or so.
+template <typename F>
+inline std::int64_t key_bytes(const AttentionTile<typename F::Stored>& t) {
+  return (t.head_dim + F::depth - 1) / F::depth * F::depth * t.key_stride * std::int64_t{sizeof *t.keys};
+}
+
 // Scores of a pass: t.scores[r, j * key_stride + i] for key i of block j, minus infinity for what r does not see.
 template <typename F>
 inline void score(const AttentionTile<typename F::Stored>& t, const std::int32_t* pass_blocks, std::int64_t blocks,
                   std::int64_t start, std::int64_t stride, const std::int32_t* end) {
   const std::int64_t steps = (t.head_dim + F::depth - 1) / F::depth;
   for (std::int64_t j = 0; j < blocks; ++j) {
+    // Blocks lie anywhere, and processors only look ahead within a page.
+    const std::int32_t* block = pass_blocks + j;
+    const void* keys = end - block > 2 ? t.keys + block[2] * t.key_block_stride : nullptr;
     multiply(Product<F>{F::left(t.q), t.q_stride * F::lefts / F::depth, 0, t.keys, t.key_stride * F::depth,
-                        t.key_block_stride, pass_blocks + j, end, 2, steps, steps, 0, t.scores + j * t.key_stride,
-                        stride, t.rows, t.key_stride});
+                        t.key_block_stride, block, steps, steps, 0, t.scores + j * t.key_stride, stride, t.rows,
+                        t.key_stride, {t.values + *block * t.value_block_stride, keys}, key_bytes<F>(t)});
   }
   for (std::int64_t r = 0; r < t.rows; ++r) {
     std::int64_t seen = t.visible + r / t.group - start;
@@ -78,10 +87,12 @@ void attend(const AttentionTile<typename F::Stored>& t) {
       }
     }
     const std::int64_t in_block = (t.block_size + F::depth - 1) / F::depth;
+    const bool last = start + pass >= t.end;
     const std::int64_t in_last = (keys - (blocks - 1) * t.block_size + F::depth - 1) / F::depth;
     multiply(Product<F>{F::left(t.scores), stride, t.key_stride * F::lefts / F::depth, t.values,
-                        t.value_stride * F::depth, t.value_block_stride, pass_blocks, end, t.blocks_per_pass,
-                        in_block, (blocks - 1) * in_block + in_last, 1, t.out, t.value_stride, t.rows, t.value_stride});
+                        t.value_stride * F::depth, t.value_block_stride, pass_blocks, in_block,
+                        (blocks - 1) * in_block + in_last, 1, t.out, t.value_stride, t.rows, t.value_stride,
+                        {last ? t.next[0] : nullptr, last ? t.next[1] : nullptr}, key_bytes<F>(t)});
   }
 }
 

@@ -93,7 +93,7 @@ void delta_keys(const DeltaRun& run) {
     for (std::int64_t t = 0; t < s.columns; ++t) row[t] = t < run.tokens ? run.k[t * run.key_dim + d] : 0.0f;
   }
   for (const auto& [rows, out] : {Pair{run.k, s.kk}, Pair{run.q, s.qk}}) {
-    multiply(Product<Floats>{rows, run.key_dim, 0, s.keys, s.columns, 0, one_part, nullptr, 0, run.key_dim, run.key_dim, 0, out,
+    multiply(Product<Floats>{rows, run.key_dim, 0, s.keys, s.columns, 0, one_part, run.key_dim, run.key_dim, 0, out,
                              s.columns, run.tokens, s.columns});
   }
 }
@@ -144,7 +144,7 @@ void delta_chunk(const DeltaRun& run) {
     }
   }
   for (const auto& [rows, out] : {Pair{run.k, s.delta}, Pair{run.q, run.out}}) {
-    multiply(Product<Floats>{rows, run.key_dim, 0, run.state, stride, 0, one_part, nullptr, 0, run.key_dim, run.key_dim, 0, out,
+    multiply(Product<Floats>{rows, run.key_dim, 0, run.state, stride, 0, one_part, run.key_dim, run.key_dim, 0, out,
                              stride, n, stride});
   }
   constexpr int width = 4;
@@ -154,7 +154,7 @@ void delta_chunk(const DeltaRun& run) {
   for (std::int64_t d = 0; d < run.key_dim; ++d) {
     for (std::int64_t j = 0; j < n; ++j) s.faded[d * s.columns + j] = s.keys[d * s.columns + j] * faded[j];
   }
-  multiply(Product<Floats>{s.faded, s.columns, 0, s.delta, stride, 0, one_part, nullptr, 0, n, n, all, run.state, stride,
+  multiply(Product<Floats>{s.faded, s.columns, 0, s.delta, stride, 0, one_part, n, n, all, run.state, stride,
                            run.key_dim, stride});
 }
 

@@ -31,6 +31,7 @@ struct AttentionTile {
   float* out;               // [rows, value_stride]: sum of 2^(score - peak) * value
   float* peak;              // [rows]: largest score
   float* total;             // [rows]: sum of 2^(score - peak); 0 where a row sees none of these keys
+  const Storage* next[2] = {};  // the first two blocks of keys that are read after these, or null: fetched ahead
 };
 
 // One head of the gated delta rule over `tokens` tokens, from 1 to delta_chunk_most. From delta_chunk_least on they

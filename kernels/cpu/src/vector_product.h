@@ -16,18 +16,25 @@ struct Product {
   std::int64_t a_stride, a_part;
   const typename F::Stored* b;
   std::int64_t b_stride, b_part;
-  const std::int32_t *parts, *end;
-  std::int64_t ahead;  // the part that is fetched while another one is read comes so much later, if before `end`; 0: none
+  const std::int32_t* parts;
   std::int64_t part_steps, steps;
   float keep;
   float* c;
   std::int64_t c_stride, rows, columns;
+  // Memory that is fetched beside the products, as fast as b is read: so many bytes from each, null: none.
+  const void* beside[2] = {};
+  std::int64_t beside_bytes = 0;
 };
 
 constexpr std::int32_t one_part[] = {0};
 
-inline void fetch(const void* from, std::int64_t bytes) {
-  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+// Of both: [at, at + bytes).
+template <typename F>
+inline void fetch_beside(const Product<F>& m, std::int64_t at, std::int64_t bytes) {
+  for (const void* from : m.beside) {
+    if (from == nullptr) continue;
+    for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + at + i, 0, 2);
+  }
 }
 
 template <typename F, int rows, int width>
@@ -35,14 +42,14 @@ inline void multiply_block(const Product<F>& m, std::int64_t row, std::int64_t c
   Vec total[rows][width] = {};
   const typename F::Left* a = m.a + row * m.a_stride;  // each sum has one order, whatever the rows beside it
   const std::int32_t* part = m.parts;
+  constexpr std::int64_t bytes = width * lanes * F::depth * std::int64_t{sizeof *m.b};  // of b in a step
+  const std::int64_t fetched = row == 0 ? m.beside_bytes : 0;
+  std::int64_t at = m.steps * (column / (width * lanes)) * bytes;
   for (std::int64_t left = m.steps; left > 0; left -= m.part_steps, a += m.a_part) {
     const typename F::Stored* b = m.b + *part * m.b_part + column * F::depth;
     const std::int64_t steps = left < m.part_steps ? left : m.part_steps;
-    // Parts lie anywhere, and processors only look ahead within a page.
-    const bool fetches = row == 0 && m.ahead > 0 && m.ahead < m.end - part;
-    const std::int64_t next = fetches ? (part[m.ahead] - *part) * m.b_part : 0;
-    for (std::int64_t s = 0; s < steps; ++s) {
-      if (fetches) fetch(b + next + s * m.b_stride, width * lanes * F::depth * std::int64_t{sizeof *b});
+    for (std::int64_t s = 0; s < steps; ++s, at += bytes) {
+      if (at < fetched) fetch_beside(m, at, bytes);
       F::template add<rows, width>(total, a + s * F::lefts, m.a_stride, b + s * m.b_stride);
     }
     ++part;
