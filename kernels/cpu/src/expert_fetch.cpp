@@ -7,7 +7,7 @@ namespace mixbit {
 namespace {
 
 constexpr std::int64_t scan_window = 64;   // experts that a scan holds: enough to keep the disk and all threads busy
-constexpr std::int64_t ahead_window = 256;  // and those of the next layer that it may hold
+constexpr std::int64_t ahead_window = 1024;  // and those of the next layer: the disk has its mixer's time for them
 constexpr std::size_t scan_wave = 16;
 
 }  // namespace
