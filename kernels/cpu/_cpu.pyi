@@ -101,7 +101,9 @@ class Program:
         stored: list[tuple[int, int, int]] | None,
         out: int,
     ) -> None: ...
-    def read_ahead(self, x: int, norm: _Norm, router: Weight, /, *, top_k: int, layer: int) -> None: ...
+    def read_ahead(
+        self, x: int, norm: _Norm, router: Weight, /, *, top_k: int, layer: int, before: int | None
+    ) -> None: ...
     def attention(
         self,
         q: _Columns,

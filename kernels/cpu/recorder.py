@@ -32,12 +32,16 @@ def record(program: ops.Program, native: _cpu.Program, files: Mapping[Path, int]
     recorder = _Recorder(native, files)
     for value in program.values:
         native.value(value.dim, value.rows is ops.Rows.SELECTED)
-    ahead = _mixer_inputs(program, streamable(program)) if files else {}
+    moes = list(streamable(program)) if files else []
+    ahead = _mixer_inputs(program, moes)
     for node in program.nodes:
         recorder.node(node)
         for value in ops.outputs_of(node):
             for layer, norm, moe in ahead.get(value, ()):
-                recorder.read_ahead(value, layer, norm, moe)
+                before = None
+                if isinstance(node, ops.AddNorm) and layer > 0 and node.delta == moes[layer - 1].out:
+                    before = node.x
+                recorder.read_ahead(value, layer, norm, moe, before)
     native.finish(program.logits.index, program.hidden.index)
     return tuple(recorder.weights.values())
 
@@ -86,9 +90,16 @@ class _Recorder:
             out=node.out.index,
         )
 
-    def read_ahead(self, x: ops.Value, layer: int, norm: ops.Norm, node: ops.Moe) -> None:
-        spec = node.spec
-        self.native.read_ahead(x.index, _norm(norm), self._weight(spec.router), top_k=spec.top_k, layer=layer)
+    def read_ahead(self, x: ops.Value, layer: int, norm: ops.Norm, node: ops.Moe, before: ops.Value | None) -> None:
+        """before: x without what the streamed layer before has added, where that is all that x has more."""
+        self.native.read_ahead(
+            x.index,
+            _norm(norm),
+            self._weight(node.spec.router),
+            top_k=node.spec.top_k,
+            layer=layer,
+            before=None if before is None else before.index,
+        )
 
     def _stored(self, node: ops.Moe) -> list[tuple[int, int, int]] | None:
         """Where expert 0 lies, or None for experts that are not streamed."""

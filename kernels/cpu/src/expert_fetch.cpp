@@ -98,11 +98,12 @@ void ExpertFetch::request_pending() {
   }
 }
 
-// While this layer is computed, the disk goes on with the next.
+// While this layer is computed, the disk goes on with the next, but not for selected rows: those are few.
 void ExpertFetch::request_ahead() {
   const auto next = static_cast<std::size_t>(layer_) + 1;
   if (next >= store_.layers_.size()) return;
   const ExpertStore::Layer& layer = store_.layers_[next];
+  if (layer.rows == Rows::selected) return;
   Residency& residency = *store_.pools_[layer.pool].residency;
   const std::int64_t limit = std::min(ahead_window, residency.slots() / 4);
   for (std::int64_t expert = 0; expert < layer.experts; ++expert) {

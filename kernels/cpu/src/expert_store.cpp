@@ -42,12 +42,12 @@ ExpertStore::~ExpertStore() {
   if (populating_.joinable()) populating_.join();
 }
 
-int ExpertStore::add(const MlpWeights& stacks, std::vector<FilePart> parts) {
+int ExpertStore::add(const MlpWeights& stacks, std::vector<FilePart> parts, Rows rows) {
   const std::vector<std::int64_t> bytes = array_bytes(stacks);
   require_equal("arrays of streamed experts", static_cast<std::int64_t>(parts.size()),
                 static_cast<std::int64_t>(bytes.size()));
   Layer layer{.stacks = stacks, .parts = std::move(parts), .places = {}, .experts = stacks.gate.experts,
-              .slot_bytes = 0};
+              .slot_bytes = 0, .rows = rows};
   for (std::size_t i = 0; i < bytes.size(); ++i) {
     require_equal("bytes of an expert's array", layer.parts[i].bytes, bytes[i]);
     require_equal("a file", layer.parts[i].file >= 0 && layer.parts[i].file < static_cast<int>(options_.files.size()),
@@ -192,6 +192,10 @@ void ExpertStore::expect(int number, std::span<const std::int32_t> experts) {
   std::lock_guard lock(mutex_);
   const Layer& layer = layers_[static_cast<std::size_t>(number)];
   Residency& residency = *pools_[layer.pool].residency;
+  drop_idle([&](const Pool& pool, std::int64_t place) {
+    const auto expert = static_cast<std::int32_t>(pool.residency->key_in(place) - layer.first_key);
+    return std::find(experts.begin(), experts.end(), expert) != experts.end();
+  });
   for (std::int32_t expert : experts) {
     if (static_cast<std::int64_t>(ahead_.size()) >= residency.slots() / 4) return;
     if (const std::int64_t place = residency.find(layer.first_key + expert); place >= 0) {
@@ -203,17 +207,25 @@ void ExpertStore::expect(int number, std::span<const std::int32_t> experts) {
   }
 }
 
-// The layer has asked: what else was read ahead for it is not waited for.
-void ExpertStore::settle_ahead() {
-  const auto wanted = [&](std::int64_t tag) {
-    return !pools_[static_cast<std::size_t>(tag % 256)].slots[static_cast<std::size_t>(tag / 256)].ahead;
-  };
-  std::vector<std::int64_t> dropped = reader_->settle(wanted);
+void ExpertStore::guess(int number, const Step& step) const {
+  const Guess& guess = layers_[static_cast<std::size_t>(number)].guess;
+  if (guess) guess(step);
+}
+
+void ExpertStore::drop_idle(const std::function<bool(const Pool&, std::int64_t)>& wanted) {
+  const std::vector<std::int64_t> dropped = reader_->drop_idle(
+      [&](std::int64_t tag) { return wanted(pools_[static_cast<std::size_t>(tag % 256)], tag / 256); });
   for (std::int64_t tag : dropped) {
     Pool& pool = pools_[static_cast<std::size_t>(tag % 256)];
     pool.residency->spoil(tag / 256);
     end_piece(pool, tag / 256);
   }
+}
+
+// The layer has asked: what else was read ahead for it is not waited for.
+void ExpertStore::settle_ahead() {
+  drop_idle([](const Pool& pool, std::int64_t place) { return !pool.slots[static_cast<std::size_t>(place)].ahead; });
+  reader_->hasten_idle();
   for (const auto& [pool, place] : ahead_) {
     Slot& slot = pools_[pool].slots[static_cast<std::size_t>(place)];
     const bool begun = slot.begun || slot.pieces > 0;  // a piece was read, or is being read

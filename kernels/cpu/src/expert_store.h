@@ -5,6 +5,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -41,16 +42,22 @@ class ExpertStore {
   ~ExpertStore();
 
   // The stacks of one op's experts, and where expert 0 of each of their arrays lies: weight, then scales and biases of
-  // quantized ones, of gate, up and down; expert e lies e times as many bytes further. Returns the layer's number; ops
-  // are added in the order in which they run.
-  int add(const MlpWeights& stacks, std::vector<FilePart> parts);
+  // quantized ones, of gate, up and down; expert e lies e times as many bytes further. rows: of the op. Returns the layer's
+  // number; ops are added in the order in which they run.
+  int add(const MlpWeights& stacks, std::vector<FilePart> parts, Rows rows);
 
   // All layers are known: takes memory for slots. Layers whose experts have one size share slots. Throws
   // std::invalid_argument if there is not room for one expert of each size.
   void finish();
 
-  // What `layer` will probably ask for next, the most probable first: is read while the disk has nothing else to do.
+  // What `layer` will probably ask for next, the most probable first, in place of what was expected of it before: is read
+  // while the disk has nothing else to do.
   void expect(int layer, std::span<const std::int32_t> experts);
+
+  // `guess` may call expect for the layer after `layer`; it is called while experts of `layer` are being read.
+  using Guess = std::function<void(const Step& step)>;
+  void guess_during(int layer, Guess guess) { layers_[static_cast<std::size_t>(layer)].guess = std::move(guess); }
+  void guess(int layer, const Step& step) const;
 
   // Whether any expert of it is not in memory.
   bool misses(int layer) const;
@@ -68,8 +75,10 @@ class ExpertStore {
     std::vector<FilePart> parts;
     std::vector<std::int64_t> places;  // of each part's room in a slot
     std::int64_t experts, slot_bytes;
+    Rows rows;
     std::size_t pool = 0;
     std::int64_t first_key = 0;
+    Guess guess{};
     ExpertCounts counts{};
     std::int64_t reading = 0;  // experts of it that are being read
     Clock::time_point since{};
@@ -96,6 +105,7 @@ class ExpertStore {
   std::int64_t request(int layer, std::int64_t expert, Urgency urgency);  // a slot, pinned; -1: none to be had
   void advance(int layer);
   void settle_ahead();
+  void drop_idle(const std::function<bool(const Pool& pool, std::int64_t place)>& wanted);
   void end_piece(Pool& pool, std::int64_t place);
 
   void done(std::int64_t tag, std::int64_t bytes, const std::string* error);

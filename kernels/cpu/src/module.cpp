@@ -90,16 +90,21 @@ void moe(Program& p, int x, const Weight& router, const MlpArg& experts, std::in
     std::vector<FilePart> parts;
     for (const auto& [file, offset, bytes] : *stored) parts.push_back({file, offset, bytes});
     weights.store = p.store();
-    weights.layer = p.store()->add(weights.experts, std::move(parts));
+    weights.layer = p.store()->add(weights.experts, std::move(parts), p.value(x).rows);
   }
   p.add("moe", make_moe(p.context(), p.value(x), weights, p.value(out)), {x}, {out});
 }
 
-// x: what the mixer before the moe of streamed layer `layer` will add to. norm: of the sum.
-void read_ahead(Program& p, int x, const NormArg& weight, const Weight& router, std::int64_t top_k, int layer) {
+// x: what the mixer before the moe of streamed layer `layer` will add to. norm: of the sum. before: x without the output of
+// the streamed layer before, if that is what x has besides.
+void read_ahead(Program& p, int x, const NormArg& weight, const Weight& router, std::int64_t top_k, int layer,
+                std::optional<int> before) {
   if (!p.store()) throw std::invalid_argument("read_ahead: no experts are streamed");
   const Matrix of_router = matrix(p, router, Precision::fine);
-  p.add("read_ahead", make_read_ahead(p.context(), p.value(x), norm(weight), of_router, top_k, *p.store(), layer), {x}, {});
+  std::optional<Value> sooner;
+  if (before) sooner = p.value(*before);
+  p.add("read_ahead",
+        make_read_ahead(p.context(), p.value(x), norm(weight), of_router, top_k, *p.store(), layer, sooner), {x}, {});
 }
 
 void attention(Program& p, const ColumnsArg& q, const ColumnsArg& k, const ColumnsArg& v,
@@ -252,7 +257,8 @@ NB_MODULE(_cpu, m) {
       .def("mlp", &mlp)
       .def("moe", &moe, nb::arg(), nb::arg(), nb::arg(), nb::kw_only(), nb::arg("top_k"), nb::arg("normalize"),
            nb::arg("shared").none(), nb::arg("shared_gate").none(), nb::arg("stored").none(), nb::arg("out"))
-      .def("read_ahead", &read_ahead, nb::arg(), nb::arg(), nb::arg(), nb::kw_only(), nb::arg("top_k"), nb::arg("layer"))
+      .def("read_ahead", &read_ahead, nb::arg(), nb::arg(), nb::arg(), nb::kw_only(), nb::arg("top_k"), nb::arg("layer"),
+           nb::arg("before").none())
       .def("attention", &attention, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::kw_only(), nb::arg("heads"),
            nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("scale"), nb::arg("rope").none(),
            nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("out"))

@@ -108,6 +108,7 @@ class Moe final : public Op {
       for_every_token(b, count, false, true);
       prepare_shared(b, count);
     }
+    weights_.store->guess(weights_.layer, step);
     std::size_t given = 0;
     for (auto wave = fetch.next(); !wave.empty(); wave = fetch.next()) {
       wave_.assign(wave.begin(), wave.end());

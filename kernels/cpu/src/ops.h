@@ -99,7 +99,7 @@ std::unique_ptr<Op> make_add_norm(Context& context, Value x, Value delta, Norm n
 std::unique_ptr<Op> make_batch_matvec(Context& context, Value x, std::vector<Linear> parts, std::vector<Value> outs);
 std::unique_ptr<Op> make_mlp(Context& context, Value x, const MlpWeights& weights, Value out);
 std::unique_ptr<Op> make_read_ahead(Context& context, Value x, Norm norm, const Matrix& router, std::int64_t top_k,
-                                    ExpertStore& store, int layer);
+                                    ExpertStore& store, int layer, std::optional<Value> before);
 std::unique_ptr<Op> make_moe(Context& context, Value x, const MoeWeights& weights, Value out);
 
 // These two own a pool each; bytes is increased by its size.

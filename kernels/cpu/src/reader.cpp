@@ -101,19 +101,24 @@ void Reader::read(const FilePart& part, std::byte* to, std::int64_t tag, bool id
   }
 }
 
-std::vector<std::int64_t> Reader::settle(const std::function<bool(std::int64_t)>& wanted) {
+std::vector<std::int64_t> Reader::drop_idle(const std::function<bool(std::int64_t)>& wanted) {
   std::vector<std::int64_t> dropped;
   std::lock_guard lock(mutex_);
+  std::erase_if(idle_, [&](const Piece& piece) {
+    if (wanted(piece.tag)) return false;
+    dropped.push_back(piece.tag);
+    return true;
+  });
+  return dropped;
+}
+
+void Reader::hasten_idle() {
+  std::lock_guard lock(mutex_);
   for (const Piece& piece : idle_) {
-    if (wanted(piece.tag)) {
-      queue_.push_back(piece);
-      wake_.notify_one();
-    } else {
-      dropped.push_back(piece.tag);
-    }
+    queue_.push_back(piece);
+    wake_.notify_one();
   }
   idle_.clear();
-  return dropped;
 }
 
 void Reader::work() {

@@ -54,9 +54,11 @@ class Reader {
   // and by few threads, so that what is asked for then hardly waits.
   void read(const FilePart& part, std::byte* to, std::int64_t tag, bool idle = false);
 
-  // Of idle reads that have not begun: those whose tag is `wanted` are read next, others not at all. Returns the tags of
-  // the latter, one for each piece.
-  std::vector<std::int64_t> settle(const std::function<bool(std::int64_t tag)>& wanted);
+  // Idle reads that have not begun and whose tag is not `wanted` do not begin. Returns their tags, one for each piece.
+  std::vector<std::int64_t> drop_idle(const std::function<bool(std::int64_t tag)>& wanted);
+
+  // The idle reads that are left are asked for.
+  void hasten_idle();
 
  private:
   struct File {

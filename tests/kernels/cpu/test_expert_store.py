@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +16,10 @@ import pytest
 
 from mixbit.engine.loader import load
 from mixbit.kernels.cpu.backend import CpuBackend, CpuExecutor
+from mixbit.kernels.cpu.recorder import record
 from mixbit.kernels.executor import BackendError, CacheConfig, ExecutorOptions, Precision
 from mixbit.kernels.experts import ExpertMemory, WeightsError, expert_bytes, stacks, streamable
-from mixbit.kernels.ops import MlpSpec, Moe, Program
+from mixbit.kernels.ops import AddNorm, MlpSpec, Moe, Program
 from mixbit.kernels.spec import Matrix, StoredArray
 from tests.checkpoints import VOCAB_SIZE, write_checkpoint
 from tests.kernels.builders import Sequences
@@ -126,6 +128,35 @@ def test_what_a_layer_will_probably_ask_for_is_read_before_it_asks(program: Prog
         assert each.hits + each.misses == 200 * node.spec.top_k
         assert each.ahead <= each.misses
         assert each.misses * one <= each.bytes_read <= (each.misses + each.unused) * one
+
+
+def test_a_layer_is_guessed_while_the_one_before_is_read(program: Program) -> None:
+    """From the sum that the layer before has yet to add to."""
+    recorded: list[tuple[str, dict[str, Any]]] = []
+
+    class Native:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *_, **named: recorded.append((name, named))
+
+    moes = list(streamable(program))
+    files = {place.file: 0 for moe in moes for matrix in stacks(moe) for place in matrix.stored}
+    record(program, cast(Any, Native()), files)
+    sums = {node.delta: node.x.index for node in program.nodes if isinstance(node, AddNorm)}
+    found = {named["layer"]: named["before"] for name, named in recorded if name == "read_ahead"}
+    after_dense = [layer for layer, before in found.items() if before is None]  # or after the embedding
+    assert after_dense == ([0] if program.gated_deltas else [0, 1])
+    for layer, moe in enumerate(moes[:-1], 1):
+        assert found[layer] in (None, sums[moe.out])
+
+
+def test_a_prompt_does_not_read_ahead_for_rows_that_are_not_wanted(program: Program) -> None:
+    """The last layer computes the selected row alone."""
+    executor = compile_cpu(program, ExpertMemory(CpuBackend().least_expert_bytes(program) * EXPERTS * 4))
+    prompt = np.random.default_rng(5).integers(0, VOCAB_SIZE, 200).tolist()
+    executor.run(Sequences(CACHE, count=1).step({0: prompt}, logit_rows=[199]))
+    *others, last = zip(executor.expert_counts(), streamable(program), strict=True)
+    assert all(counts.misses == EXPERTS for counts, _ in others)
+    assert (last[0].misses, last[0].unused) == (last[1].spec.top_k, 0)
 
 
 def slot_pages() -> dict[str, int]:
