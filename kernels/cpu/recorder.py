@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -32,15 +32,11 @@ def record(program: ops.Program, native: _cpu.Program, files: Mapping[Path, int]
     recorder = _Recorder(native, files)
     for value in program.values:
         native.value(value.dim, value.rows is ops.Rows.SELECTED)
-    moes = list(streamable(program)) if files else []
-    ahead = _mixer_inputs(program, moes)
+    ahead = _mixer_inputs(program, list(streamable(program))) if files else {}
     for node in program.nodes:
         recorder.node(node)
         for value in ops.outputs_of(node):
-            for layer, norm, moe in ahead.get(value, ()):
-                before = None
-                if isinstance(node, ops.AddNorm) and layer > 0 and node.delta == moes[layer - 1].out:
-                    before = node.x
+            for layer, norm, moe, before in ahead.get(value, ()):
                 recorder.read_ahead(value, layer, norm, moe, before)
     native.finish(program.logits.index, program.hidden.index)
     return tuple(recorder.weights.values())
@@ -91,7 +87,7 @@ class _Recorder:
         )
 
     def read_ahead(self, x: ops.Value, layer: int, norm: ops.Norm, node: ops.Moe, before: ops.Value | None) -> None:
-        """before: x without what the streamed layer before has added, where that is all that x has more."""
+        """See _mixer_inputs."""
         self.native.read_ahead(
             x.index,
             _norm(norm),
@@ -155,18 +151,25 @@ class _Recorder:
 
 
 def _mixer_inputs(
-    program: ops.Program, moes: Iterable[ops.Moe]
-) -> dict[ops.Value, list[tuple[int, ops.Norm, ops.Moe]]]:
+    program: ops.Program, moes: Sequence[ops.Moe]
+) -> dict[ops.Value, list[tuple[int, ops.Norm, ops.Moe, ops.Value | None]]]:
     """Layers of experts, with their numbers, by the value that a mixer's output is added to before the router has it.
 
-    With the norm of that sum: the value alone, so normed, already tells most of what the router will choose.
+    With the norm of that sum: the value alone, so normed, already tells most of what the router will choose. And with
+    the value as it is before the streamed layer before adds to it, or None where something else does.
     """
-    sums = {node.out: node for node in program.nodes if isinstance(node, ops.AddNorm)}
+    additions = [node for node in program.nodes if isinstance(node, ops.AddNorm)]
+    sums, totals = {node.out: node for node in additions}, {node.total: node for node in additions}
     whole = {node.out: node.x for node in program.nodes if isinstance(node, ops.SelectRows)}
-    found: dict[ops.Value, list[tuple[int, ops.Norm, ops.Moe]]] = {}
+    found: dict[ops.Value, list[tuple[int, ops.Norm, ops.Moe, ops.Value | None]]] = {}
     for layer, moe in enumerate(moes):
-        if (made := sums.get(moe.x)) is not None:
-            found.setdefault(whole.get(made.x, made.x), []).append((layer, made.norm, moe))
+        if (made := sums.get(moe.x)) is None:
+            continue
+        x = whole.get(made.x, made.x)
+        last, before = totals.get(x), None
+        if last is not None and layer > 0 and last.delta == moes[layer - 1].out:
+            before = last.x
+        found.setdefault(x, []).append((layer, made.norm, moe, before))
     return found
 
 

@@ -202,7 +202,7 @@ def _unreadable(file: Path, offset: int, why: str) -> WeightsError:
 
 
 def make_slots(program: Program, memory: ExpertMemory, dtype: mx.Dtype) -> Mapping[Moe, ExpertSlots]:
-    """As many slots in each layer as fit in memory.nbytes bytes. Raises BackendError if those are too few."""
+    """As many slots in each layer as fit in memory.nbytes. Raises BackendError if those are too few."""
     nodes = list(streamable(program))
     if mx.cuda.is_available() and any(getattr(m, "bits", 0) == 1 for node in nodes for m in stacks(node)):
         raise BackendError("MLX's CUDA build has no 1-bit codes, so experts of 1 bit cannot be streamed: use the CPU")
