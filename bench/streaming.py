@@ -13,10 +13,11 @@ steady state. prefill: a prompt, after such a pause and drop.
 A map is read ahead around each page that is not in memory, by as much as the disk is set to; while the peer runs, it is
 set to --peer-read-ahead, the kernel's own default. More has it read much that it does not need.
 
-Before and after each row the disk is measured by random reads of the side's own files past the page cache. The floor
-is what the misses of that row, or the bytes that the peer had read, take at that rate; our cold tokens' second floor
-has to read the dense part too. What was read ahead in vain is no part of our floor. A side's share of the disk is what
-it had read, over what the disk would have given in that time.
+Before and after each row, and every few tokens within decoded ones, the disk is measured by random reads of the
+side's own files past the page cache: its rate wanders from second to second. The floor is what the misses of that
+row, or the bytes that the peer had read, take at that rate; our cold tokens' second floor has to read the dense part
+too. What was read ahead in vain is no part of our floor. A side's share of the disk is what it had read, over what
+the disk would have given in that time.
 
 Where the disk has no room for both sides' files, or a quiet time does not hold everything: --only and --work choose
 what is measured in one call, --json gathers the calls, --delete ends a side's files with it, and with --reroute a
@@ -51,6 +52,7 @@ from mixbit.server.cli.memory import parse_size
 
 CONTEXT = 4096
 FIRST, BEFORE, STEADY, PROMPT = 24, 100, 24, 2048  # tokens
+STRETCH = 6  # tokens between two measurements of the disk
 _PATIENCE = 1800  # seconds for one command
 WORKS = ("start", "decode", "prefill")
 TITLES = {
@@ -107,20 +109,25 @@ def _rows(side: Contender, memory: Memory, work: str, settle: float) -> Rows:
     peak = Peak(running.pid)
     peak.start()
 
-    def row(name: str, count: int, *, since_start: bool = False, **command: Any) -> None:
+    def row(name: str, count: int, stretches: int = 1, *, since_start: bool = False, **command: Any) -> None:
+        """count: tokens, of all the stretches in which the command is given."""
         nonlocal first
         before = running.ask(do="experts") if side.counts else {}
-        from_disk = 0 if since_start else bytes_from_disk(running.pid)
-        start = began if since_start else time.perf_counter()
-        running.ask(timeout=_PATIENCE, **command)
-        seconds = time.perf_counter() - start
+        seconds, from_disk, rates = 0.0, 0, [first]
+        for _ in range(stretches):
+            read = 0 if since_start else bytes_from_disk(running.pid)
+            start = began if since_start else time.perf_counter()
+            running.ask(timeout=_PATIENCE, **command)
+            seconds += time.perf_counter() - start
+            from_disk += bytes_from_disk(running.pid) - read
+            rates.append(first := disk.rate())
         found[name] = one = {
             "tokens": count,
             "seconds": seconds,
             "rate": count / seconds,
-            "from disk": bytes_from_disk(running.pid) - from_disk,
+            "from disk": from_disk,
             "cached": memory.cached(),
-            "disk": (first + (first := disk.rate())) / 2,
+            "disk": statistics.harmonic_mean(rates),
         }
         after = running.ask(do="experts") if side.counts else {}
         one |= {key: after[key] - (0 if since_start else before[key]) for key in after}
@@ -138,10 +145,11 @@ def _rows(side: Contender, memory: Memory, work: str, settle: float) -> Rows:
         if work == "start":
             row("start", FIRST, since_start=True, do="decode", tokens=FIRST - 1, context=1, sequences=1)
         elif work == "decode":
-            row("cold", FIRST, do="decode", tokens=FIRST - 1, context=1, sequences=1)
+            decode = {"do": "decode", "tokens": STRETCH - 1, "context": 1, "sequences": 1}
+            row("cold", FIRST, FIRST // STRETCH, **decode)
             running.ask(timeout=_PATIENCE, do="decode", tokens=BEFORE - FIRST - 1, context=1, sequences=1)
             first = disk.rate()
-            row("steady", STEADY, do="decode", tokens=STEADY - 1, context=1, sequences=1)
+            row("steady", STEADY, STEADY // STRETCH, **decode)
         else:
             row("prefill", PROMPT, do="prefill", tokens=PROMPT)
     finally:
