@@ -23,8 +23,11 @@ help: ## list the targets
 serve: $(VENV)/installed ## install what is missing and serve (MODEL=, PORT=, ARGS=) on http://127.0.0.1:8080
 	@exec $(VENV)/bin/mixbit serve --port $(PORT) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
+# A process of tests for each core, each with models and servers of its own: hence no more than 8. `make test PROCESSES=0`
+# runs them in one, for a debugger.
+PROCESSES ?= auto
 test: $(VENV)/installed-test check ## everything that CI runs: check, then the tests
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q --numprocesses $(PROCESSES) --maxprocesses 8 --dist worksteal
 
 check: $(VENV)/installed-test build/types/mixbit ## ruff, mypy --strict, import contracts
 	@$(VENV)/bin/ruff check .

@@ -27,9 +27,11 @@ import numpy.typing as npt
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "metal-host"
-# -O1 keeps loads and stores as written, and no vectorizer joins them into sizes that are not traced.
+# -O1 keeps loads and stores as written, and no vectorizer joins them into sizes that are not traced. Loops stay loops:
+# clang takes ten times as long over a kernel of matrices that are unrolled, and each load is traced either way.
 FLAGS = (
     *("-std=c++17", "-O1", "-fno-exceptions", "-fno-rtti", "-fno-vectorize", "-fno-slp-vectorize", "-fPIC"),
+    "-fno-unroll-loops",
     *("-nostdlib", "-shared", "-fno-sanitize=all", "-Wall", "-Werror"),
 )
 # Metal's own attributes mean nothing here, and a template's unused parameters are normal.
@@ -122,7 +124,7 @@ def _translate(source: str) -> tuple[str, list[Parameter]]:
     """C++ for a text that MLX has generated: the same text, with an entry point for the runtime."""
     name, parameters = _parameters(source)
     # The explicit instantiation names the host function for Metal; here the entry point instantiates.
-    text, _, instantiation = source.partition("\ntemplate [[host_name(")
+    text, _, instantiation = source.replace("#pragma unroll\n", "\n").partition("\ntemplate [[host_name(")
     arguments = re.search(rf"decltype\({name}(<.*?>)\) ", instantiation)
     # Threadgroup arrays live in the runtime's memory, between redzones; the text declares them in the kernel.
     text = re.sub(
