@@ -29,13 +29,14 @@ class Pages {
   std::byte* data() const { return data_; }
   std::int64_t size() const { return static_cast<std::int64_t>(bytes_); }
 
-  // Has the system give the memory of a piece, the last one first, without a change to what it holds. False if there is
-  // no such piece any more, or the system does not do that.
+  // Has the system give the memory of a piece, the first one first, without a change to what it holds. False if there
+  // is no such piece any more, or the system does not do that.
   bool populate_next() {
 #if defined(MADV_POPULATE_WRITE)
     const std::size_t piece = std::min(bytes_ - populated_, populated_piece);
+    std::byte* start = data_ + populated_;
     populated_ += piece;
-    return piece > 0 && madvise(data_ + bytes_ - populated_, piece, MADV_POPULATE_WRITE) == 0;
+    return piece > 0 && madvise(start, piece, MADV_POPULATE_WRITE) == 0;
 #else
     return false;
 #endif
@@ -46,7 +47,7 @@ class Pages {
 
   std::size_t bytes_;
   std::byte* data_;
-  std::size_t populated_ = 0;  // bytes at the end
+  std::size_t populated_ = 0;  // bytes at the start, where slots are taken first
 };
 
 }  // namespace mixbit
