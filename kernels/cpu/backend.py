@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 READERS = 8  # threads that read experts: they wait for the disk, and use no core
 _NO_CACHE = CacheConfig(blocks=1, block_size=1, state_slots=1)
-_NAMES = {"portable": "portable code", "avx2": "AVX2", "avx512": "AVX-512 VNNI", "neon": "NEON"}
+_NAMES = {
+    "portable": "portable code",
+    "avx2": "AVX2",
+    "avx512": "AVX-512 VNNI",
+    "amx": "AVX-512 and AMX",
+    "neon": "NEON",
+}
 
 
 class CpuBackend:

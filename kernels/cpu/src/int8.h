@@ -68,6 +68,7 @@ extern const Int8Kernels portable_int8;
 #if defined(__x86_64__)
 extern const Int8Kernels avx2_int8;
 extern const Int8Kernels avx512_int8;
+extern const Int8Kernels amx_int8;
 #elif defined(__aarch64__)
 extern const Int8Kernels neon_int8;
 #endif

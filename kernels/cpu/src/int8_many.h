@@ -105,12 +105,6 @@ void sum_rests(const Int8Args& args, const Tile<G>* tile, Index first, Index gro
       add_some_rests<bits, G, N>(args, tile, first, g, begin, lists.tokens[g] + i, lists.counts[g] - i, sums);
 }
 
-// Memory that is asked for beside the products: so many bytes with each group.
-struct Ahead {
-  Pointer from;
-  Index bytes;
-};
-
 // out[t][n] = [row of tile n] over `groups` groups of the chunk that begins with group `first`, rests of token t and tile n
 // in rests[t][n].
 template <int bits, int G, int N, int T>
@@ -157,17 +151,7 @@ void multiply(const Int8Args& args, const Tile<G>* tile, Index row, Index first,
   Float out[T][N];
   micro<bits, G, N, T>(args, tile, first, groups, x, rests, ahead, out);
   for (int n = 0; n < N; ++n, row += tile_rows) {
-    const Index valid = args.row_end - row;
-    for (int t = 0; t < T; ++t) {
-      float* y = args.y + (i + t) * args.y_stride + row;
-      alignas(64) float part[tile_rows];
-      if (valid >= tile_rows) {
-        V::store(y, first == 0 ? out[t][n] : V::add(V::load(y), out[t][n]));
-        continue;
-      }
-      V::store(part, out[t][n]);
-      for (Index r = 0; r < valid; ++r) y[r] = first == 0 ? part[r] : y[r] + part[r];
-    }
+    for (int t = 0; t < T; ++t) store_sums(args, i + t, row, first == 0, out[t][n]);
   }
 }
 

@@ -69,5 +69,21 @@ void fill(const Int8Args& args, const Index (&rows)[tile_rows], Index first, Ind
   }
 }
 
+// Memory that is asked for beside the products: so many bytes with each group.
+struct Ahead {
+  Pointer from;
+  Index bytes;
+};
+
+// Sums of token i and rows [row, row + 4 L), as far as there are such rows; but for the first chunk, they are added to what is there.
+inline void store_sums(const Int8Args& args, Index i, Index row, bool first_chunk, Float sums) {
+  float* y = args.y + i * args.y_stride + row;
+  const Index valid = args.row_end - row;
+  if (valid >= tile_rows) return V::store(y, first_chunk ? sums : V::add(V::load(y), sums));
+  alignas(64) float part[tile_rows];
+  V::store(part, sums);
+  for (Index r = 0; r < valid; ++r) y[r] = first_chunk ? part[r] : y[r] + part[r];
+}
+
 }  // namespace
 }  // namespace mixbit

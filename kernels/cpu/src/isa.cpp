@@ -5,6 +5,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -17,6 +21,7 @@ namespace {
 struct Features {
   bool avx2 = false;
   bool avx512 = false;
+  bool amx = false;
   bool neon = false;
 };
 
@@ -29,6 +34,16 @@ unsigned saved_registers() {
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return low;
+}
+
+// Asks for the state of tile registers, for this process from now on.
+bool tiles_allowed() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int request_state = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM of Linux 5.16
+  return syscall(SYS_arch_prctl, request_state, tile_data) == 0;
+#else
+  return false;
+#endif
 }
 
 Features detect() {
@@ -44,6 +59,8 @@ Features detect() {
   const bool f = bit(b, 16), dq = bit(b, 17), bw = bit(b, 30), vl = bit(b, 31);
   const bool vbmi = bit(c, 1), vnni = bit(c, 11);
   found.avx512 = found.avx2 && zmm && f && dq && bw && vl && vbmi && vnni;
+  const bool tiles = (saved & 0x60000) == 0x60000 && bit(d, 24) && bit(d, 25);  // with int8 products
+  found.amx = found.avx512 && tiles && tiles_allowed();
   return found;
 }
 
@@ -83,6 +100,7 @@ const char* name(Isa isa) {
   switch (isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::amx: return "amx";
     case Isa::neon: return "neon";
     case Isa::portable: break;
   }
@@ -93,6 +111,7 @@ bool supported(Isa isa) {
   switch (isa) {
     case Isa::avx2: return features().avx2;
     case Isa::avx512: return features().avx512;
+    case Isa::amx: return features().amx;
     case Isa::neon: return features().neon;
     case Isa::portable: break;
   }
@@ -100,7 +119,7 @@ bool supported(Isa isa) {
 }
 
 Isa best_isa() {
-  for (Isa isa : {Isa::avx512, Isa::avx2, Isa::neon})
+  for (Isa isa : {Isa::amx, Isa::avx512, Isa::avx2, Isa::neon})
     if (supported(isa)) return isa;
   return Isa::portable;
 }

@@ -19,7 +19,8 @@ const Kernels& kernels(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::avx2: return avx2_kernels;
-    case Isa::avx512: return avx512_kernels;
+    case Isa::avx512:
+    case Isa::amx: return avx512_kernels;
 #elif defined(__aarch64__)
     case Isa::neon: return neon_kernels;
 #endif
@@ -32,6 +33,7 @@ const Int8Kernels& int8_kernels(Isa isa) {
 #if defined(__x86_64__)
     case Isa::avx2: return avx2_int8;
     case Isa::avx512: return avx512_int8;
+    case Isa::amx: return amx_int8;
 #elif defined(__aarch64__)
     case Isa::neon: return neon_int8;
 #endif
@@ -163,10 +165,12 @@ void matmul_rows(Isa isa, const Matrix& w, const Activations& x, const std::int3
 }
 
 std::int64_t preferred_tile(const Matrix& w, std::int64_t count) {
-  const std::int64_t row_step = w.takes_int8() && count >= 32 ? 32 : 16;  // rows the kernels unpack together
+  // The int8 kernels unpack 32 rows together, and go over all rows of x first for each call.
+  const bool many = w.takes_int8() && count > 3;
+  const std::int64_t least = !many ? 16 : count >= 32 ? 128 : 64;
   constexpr std::int64_t work = 1 << 18;  // multiplications; some ten microseconds of one core
   const std::int64_t per_row = std::max<std::int64_t>(1, w.cols * std::max<std::int64_t>(count, 1));
-  return std::clamp(round_up(work / per_row, row_step), row_step, std::int64_t{256});
+  return std::clamp(round_up(work / per_row, many && count >= 32 ? 32 : 16), least, std::int64_t{256});
 }
 
 void unpack_row(const Matrix& w, std::int64_t row, float* out) {

@@ -18,6 +18,7 @@ AVX512 = (*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni",
 NEON = ("-target", "aarch64-linux-musl", "-mcpu=generic+dotprod")
 UNITS = {
     "int8_avx2": AVX2,
+    "int8_amx": (*AVX512, "-mamx-tile", "-mamx-int8"),
     "int8_avx512": AVX512,
     "int8_neon": NEON,
     "isa_avx2": AVX2,
@@ -62,3 +63,13 @@ def test_neon_under_emulation(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"{isa}: 216 cases" in done.stdout
+
+
+def test_tile_registers_played_by_loops(tmp_path: Path) -> None:
+    program = tmp_path / "tmm_test"
+    source = ROOT / "tests" / "native" / "tmm_test.cpp"
+    flags = ["-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*ZIG, *flags, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "72 cases, 0 differ" in done.stdout

@@ -218,7 +218,7 @@ def test_batches_of_wrong_types_are_refused() -> None:
 
 
 def test_unknown_or_unsupported_instruction_sets_name_the_supported() -> None:
-    for isa in {"sse9", "avx2", "avx512", "neon"} - set(_cpu.supported_isas()):
+    for isa in {"sse9", "avx2", "avx512", "amx", "neon"} - set(_cpu.supported_isas()):
         with pytest.raises(BackendError, match=f"'{isa}' cannot run here; this machine and build run: portable"):
             CpuBackend().compile(PROGRAM, CACHE, ExecutorOptions(max_tokens=1, isa=isa))
 
