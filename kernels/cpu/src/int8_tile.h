@@ -75,7 +75,8 @@ struct Ahead {
   Index bytes;
 };
 
-// Sums of token i and rows [row, row + 4 L), as far as there are such rows; but for the first chunk, they are added to what is there.
+// Sums of token i and rows [row, row + 4 L), as far as there are such rows; from the second chunk on they are added to
+// what is there.
 inline void store_sums(const Int8Args& args, Index i, Index row, bool first_chunk, Float sums) {
   float* y = args.y + i * args.y_stride + row;
   const Index valid = args.row_end - row;

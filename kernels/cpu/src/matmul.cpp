@@ -165,12 +165,13 @@ void matmul_rows(Isa isa, const Matrix& w, const Activations& x, const std::int3
 }
 
 std::int64_t preferred_tile(const Matrix& w, std::int64_t count) {
-  // The int8 kernels unpack 32 rows together, and go over all rows of x first for each call.
-  const bool many = w.takes_int8() && count > 3;
-  const std::int64_t least = !many ? 16 : count >= 32 ? 128 : 64;
+  const bool int8 = w.takes_int8(), many = count >= 32;
+  const std::int64_t row_step = int8 && many ? 32 : 16;  // rows the kernels unpack together
+  // From four on, the int8 kernels go over all rows of x first, in each call.
+  const std::int64_t least = !int8 || count < 4 ? row_step : many ? 128 : 64;
   constexpr std::int64_t work = 1 << 18;  // multiplications; some ten microseconds of one core
   const std::int64_t per_row = std::max<std::int64_t>(1, w.cols * std::max<std::int64_t>(count, 1));
-  return std::clamp(round_up(work / per_row, many && count >= 32 ? 32 : 16), least, std::int64_t{256});
+  return std::clamp(round_up(work / per_row, row_step), least, std::int64_t{256});
 }
 
 void unpack_row(const Matrix& w, std::int64_t row, float* out) {
