@@ -2,8 +2,9 @@
 
     python -m bench.expert_store --models DIR [--layers 8]
 
-Reads from the page cache over copies of as many bytes by as many threads, and decoding with all experts in slots over
-decoding with all where they are mapped.
+Experts from the page cache over copies of as many bytes, by two threads each: made ready (mapped, or copied into slots),
+and made ready and gone over once, which a copy leaves to be done. Each turn maps anew: no page was there before. Then
+decoding with all experts in slots over decoding from the weights as they are mapped.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.machine import forget
 from bench.models import our_qwen3_next, warm
 from mixbit.engine.benchmark import STEP_TOKENS, Driver
 from mixbit.engine.loader import load
 from mixbit.kernels.cpu.backend import CpuBackend
 from mixbit.kernels.executor import ExecutorOptions
-from mixbit.kernels.experts import ExpertMemory, expert_bytes
+from mixbit.kernels.experts import Access, ExpertMemory, expert_bytes
 
 CONTEXT = 2048
 PROMPT = 2048  # tokens, that choose nearly all experts
@@ -32,15 +34,19 @@ ROUNDS = 9  # of reading and copying
 TURNS, TOKENS = 30, 12  # of decoding
 
 
-def reads_and_copies(model: Path) -> tuple[list[float], list[float]]:
-    """Bytes per second that two threads read from the page cache, and that two threads copy: in turns."""
+def reads_and_copies(model: Path) -> dict[str, list[float]]:
+    """Bytes per second of two threads: experts made ready, also gone over, by either access; copies. In turns."""
     program, backend = load(model).program, CpuBackend()
-    warm(model)
-    reads, copies = [], []
+    forget(list(model.glob("*.safetensors")))
+    warm(model)  # one after the other: the system keeps long pieces, of which it maps more at once
+    kinds: list[tuple[Access, bool]] = [("mapped", False), ("mapped", True), ("cached", False), ("cached", True)]
+    found: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
-        reads.append(backend.read_rate(program, direct=False, count=READS, threads=2))
-        copies.append(_copy_rate())
-    return reads, copies
+        for access, use in kinds:
+            rate = backend.read_rate(program, access=access, count=READS, threads=2, use=use)
+            found.setdefault(f"{access}, {'gone over' if use else 'ready'}", []).append(rate)
+        found.setdefault("copies", []).append(_copy_rate())
+    return found
 
 
 def _copy_rate() -> float:
@@ -64,7 +70,7 @@ def _copy_rate() -> float:
 def rates(model: Path, threads: int) -> dict[str, list[float]]:
     """Tokens per second with experts in slots, and where they are mapped: in turns, in one process."""
     loaded = load(model)
-    slots = ExpertMemory(2 * expert_bytes(loaded.program), direct=False)  # more than they take
+    slots = ExpertMemory(2 * expert_bytes(loaded.program), access="mapped")  # more than they take
     options = ExecutorOptions(max_tokens=STEP_TOKENS, threads=threads, precision="fast")
     sides = {
         name: Driver("cpu", loaded.program, loaded.vocab_size, CONTEXT, 1, replace(options, experts=experts))
@@ -98,12 +104,14 @@ def main() -> None:
     args = parser.parse_args()
     args.models.mkdir(parents=True, exist_ok=True)
     model = our_qwen3_next(args.models, args.layers)
-    reads, copies = reads_and_copies(model)
-    _tell("page cache, bytes/s", reads=reads, copies=copies)
-    _tell("decoding, tok/s", **rates(model, args.threads or len(os.sched_getaffinity(0))))
+    found = reads_and_copies(model)
+    copies = {"copies": found.pop("copies")}
+    for kind, reads in found.items():
+        _tell("page cache, bytes/s", {kind: reads} | copies)
+    _tell("decoding, tok/s", rates(model, args.threads or len(os.sched_getaffinity(0))))
 
 
-def _tell(what: str, **sides: list[float]) -> None:
+def _tell(what: str, sides: dict[str, list[float]]) -> None:
     """Medians of two, the first over the second."""
     (first, own), (second, other) = sides.items()
     ratio = statistics.median(one / two for one, two in zip(own, other, strict=True))

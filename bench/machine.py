@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mixbit.kernels.cpu._cpu import read_seconds
+from mixbit.kernels.cpu._cpu import Access, read_seconds
 from mixbit.kernels.cpu.backend import READERS
 
 _CGROUP = Path("/sys/fs/cgroup/memory/mixbit-bench")
@@ -67,7 +67,9 @@ class Disk:
             [(file, _READ_BYTES * random.randrange(self._counts[file]), _READ_BYTES)]
             for file in random.choices(range(len(self._files)), self._counts, k=_READS)
         ]
-        seconds = read_seconds(files=self._files, experts=places, direct=True, threads=READERS, together=_TOGETHER)
+        seconds = read_seconds(
+            files=self._files, experts=places, access=Access.direct, threads=READERS, together=_TOGETHER
+        )
         return _READ_BYTES * _READS / seconds
 
 

@@ -31,7 +31,7 @@ from mixbit.kernels.registry import choose
 class Engine:
     """options: further ones of the executor; `memory` and `expert_memory` as `mixbit serve` has them, in bytes.
 
-    direct: whether streamed experts are read past the page cache; None leaves it to the plan.
+    access: how streamed experts come from their files; None leaves it to the plan.
     """
 
     def __init__(self, model: str, threads: int, context: int, sequences: int = 1, **options: Any) -> None:
@@ -39,12 +39,12 @@ class Engine:
         self.path, self.threads, self.core = model, threads, None
         self.model = load(Path(model))
         memory, experts = options.pop("memory", None), options.pop("expert_memory", None)
-        direct = options.pop("direct", None)
+        access = options.pop("access", None)
         executor = ExecutorOptions(max_tokens=STEP_TOKENS, threads=threads, **options)
         if memory or experts:
             executor = self._planned(executor, context, sequences, memory, experts)
-        if executor.experts is not None and direct is not None:
-            executor = replace(executor, experts=replace(executor.experts, direct=direct))
+        if executor.experts is not None and access is not None:
+            executor = replace(executor, experts=replace(executor.experts, access=access))
         self.driver = Driver("cpu", self.model.program, self.model.vocab_size, context, sequences, executor)
         if executor.experts is None:
             self.driver.step(1, 1, 0)

@@ -173,7 +173,7 @@ def ours(args: argparse.Namespace) -> Contender:
             context=CONTEXT,
             memory=args.memory,
             precision="fast",
-            direct=True if args.limit else None,  # what lies beside the limit is not seen by the plan
+            access="direct" if args.limit else None,  # what lies beside the limit is not seen by the plan
         ),
         model,
         counts=True,

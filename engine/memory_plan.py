@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -10,12 +11,17 @@ import psutil
 from mixbit.engine.config import EngineConfig
 from mixbit.engine.sizing import CacheError, available_memory, cache_bytes, cache_config, usable_memory
 from mixbit.kernels.executor import CacheConfig, ExecutorOptions
-from mixbit.kernels.experts import ExpertMemory, StreamingBackend, expert_bytes
+from mixbit.kernels.experts import Access, ExpertMemory, StreamingBackend, expert_bytes
 from mixbit.kernels.memory import OwnMemory
 from mixbit.kernels.ops import Program
 
 STEP_TOKENS = 512
 _LONGEST_STEP = 4096  # a step reads each expert once: the longer, the fewer reads, and the longer others wait
+_WAYS: Mapping[Access, str] = {
+    "direct": "past the page cache",
+    "cached": "by way of the page cache",
+    "mapped": "mapped from the page cache",
+}
 _MARGIN = 256 << 20  # bytes for what requests need beside the caches
 
 
@@ -95,18 +101,25 @@ def _streaming(
             f"of {_gigabytes(max(host, least))} that were asked for or one of each size takes; "
             "give more memory, or lower the context length, max_running or step_tokens"
         )
-    # The page cache is worth its copies where it holds more than the slots, or beside the slots of a device.
-    spare = available_memory() - (budget - room) - host
-    direct = spare < host and not isinstance(backend, OwnMemory)
+    access = _access(backend, streamed, host, available_memory() - (budget - room))
     why = "as asked" if config.expert_bytes is not None else f"the weights do not fit in {_gigabytes(budget)}"
     return MemoryPlan(
         cache,
         step,
-        ExpertMemory(host, direct),
+        ExpertMemory(host, access),
         f"{_gigabytes(streamed)} of experts are streamed from disk through {_gigabytes(host)} of memory, "
-        f"{'past' if direct else 'by way of'} the page cache ({why}); {_gigabytes(dense)} of weights stay in memory, "
+        f"{_WAYS[access]} ({why}); {_gigabytes(dense)} of weights stay in memory, "
         f"steps take {step} tokens",
     )
+
+
+def _access(backend: object, streamed: int, host: int, spare: int) -> Access:
+    """spare: main memory that nothing but the experts will take."""
+    if isinstance(backend, OwnMemory):
+        return "cached"  # main memory is the tier below the device's
+    if streamed <= spare * 7 // 8:
+        return "mapped"
+    return "direct" if spare - host < host else "cached"  # worth its copies where it holds more than the slots
 
 
 def _budget(config: EngineConfig, backend: object) -> int:

@@ -48,7 +48,7 @@ def describe_streaming(model: LoadedModel, config: EngineConfig) -> Streaming | 
     ]
     token_bytes = sum(top_k * nbytes for top_k, nbytes in chosen)
     count = max(_LEAST_READS, min(_MOST_READS, int(_READ_BYTES / max(nbytes for _, nbytes in chosen))))
-    disk = backend.read_rate(program, direct=plan.experts.direct, count=count)
+    disk = backend.read_rate(program, access=plan.experts.access, count=count)
     return Streaming(
         experts=experts,
         memory=memory,

@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from mixbit.kernels.ops import Moe, Program
 from mixbit.kernels.spec import Matrix
 
 if TYPE_CHECKING:
     from mixbit.kernels.executor import ExecutorOptions
+
+
+Access = Literal["direct", "cached", "mapped"]
+"""How experts come from their files. direct: past the page cache, into slots. cached: copied out of it, into slots.
+
+mapped: they stay where the page cache has them; a slot has no memory, and stands for one that was brought there. It is
+for where the page cache holds them all: taking mapped pages back costs the system more than the copies.
+"""
 
 
 class WeightsError(RuntimeError):
@@ -29,12 +37,12 @@ class WeightsError(RuntimeError):
 class ExpertMemory:
     """Where streamed experts may stay. nbytes: for slots, in the memory that the other weights are in.
 
-    direct: read past the page cache. So where the slots take most of the memory; where they take little of it, the
-    page cache is a second tier that costs a copy instead of the disk's time.
+    Direct access where the slots take most of the memory; where they take little of it, the page cache is a second tier
+    that costs a copy, or nothing, instead of the disk's time.
     """
 
     nbytes: int
-    direct: bool = True
+    access: Access = "direct"
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class StreamingBackend(Protocol):
 class MeasuresReads(Protocol):
     """A backend that can tell what the disk gives."""
 
-    def read_rate(self, program: Program, *, direct: bool, count: int) -> float:
+    def read_rate(self, program: Program, *, access: Access, count: int) -> float:
         """Bytes per second at which `count` experts, chosen at random, are read from their files."""
 
 

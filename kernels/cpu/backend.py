@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mixbit.kernels import ops
 from mixbit.kernels.cpu.pages import keep
 from mixbit.kernels.executor import BackendError, Batch, Bytes, CacheConfig, ExecutorOptions, Precision
-from mixbit.kernels.experts import ExpertCounts, ExpertMemory, WeightsError, expert_parts, stacks, streamable
+from mixbit.kernels.experts import Access, ExpertCounts, ExpertMemory, WeightsError, expert_parts, stacks, streamable
 from mixbit.kernels.spec import Matrix, QuantizedTensor
 
 if TYPE_CHECKING:
@@ -71,10 +71,13 @@ class CpuBackend:
         """Room for one expert of each size."""
         return sum({_slot_bytes(node) for node in streamable(program)})
 
-    def read_rate(self, program: ops.Program, *, direct: bool, count: int, threads: int = READERS) -> float:
+    def read_rate(
+        self, program: ops.Program, *, access: Access, count: int, threads: int = READERS, use: bool = False
+    ) -> float:
         """Bytes per second at which random experts are read, as many at a time as a token needs of a layer.
 
-        Raises WeightsError if one cannot be read, ValueError for a program without streamable experts.
+        use: the threads also go over every byte of them. Raises WeightsError if one cannot be read, ValueError for a
+        program without streamable experts.
         """
         from mixbit.kernels.cpu import _cpu
 
@@ -91,9 +94,10 @@ class CpuBackend:
             seconds = _cpu.read_seconds(
                 files=[str(file) for file in files],
                 experts=chosen,
-                direct=direct,
+                access=_cpu.Access[access],
                 threads=threads,
                 together=nodes[0].spec.top_k,
+                use=use,
             )
         except _cpu.ReadError as error:
             raise WeightsError(str(error)) from None
@@ -177,8 +181,10 @@ def _arrays(matrix: Matrix) -> tuple[npt.NDArray[np.generic], ...]:
 
 
 def _stream(native: _cpu.Program, files: Mapping[Path, int], memory: ExpertMemory) -> None:
+    from mixbit.kernels.cpu import _cpu
+
     names = [str(file) for file in files]
-    native.stream_experts(files=names, bytes=memory.nbytes, direct=memory.direct, threads=READERS)
+    native.stream_experts(files=names, bytes=memory.nbytes, access=_cpu.Access[memory.access], threads=READERS)
 
 
 def _slot_bytes(node: ops.Moe) -> int:

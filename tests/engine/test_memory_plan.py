@@ -18,7 +18,7 @@ from mixbit.engine.sizing import CacheError
 from mixbit.engine.synth import SynthOptions, synthesize
 from mixbit.kernels.cpu.backend import CpuBackend
 from mixbit.kernels.executor import ExecutorOptions
-from mixbit.kernels.experts import expert_bytes
+from mixbit.kernels.experts import Access, ExpertMemory, expert_bytes
 from mixbit.kernels.registry import choose
 from tests.checkpoints import write_checkpoint, write_json
 
@@ -70,13 +70,19 @@ def test_steps_are_long_where_experts_are_streamed(model: LoadedModel) -> None:
     assert plan(model, expert_bytes=1_000_000).step_tokens == 4096
 
 
-def test_the_page_cache_is_used_where_it_is_larger_than_the_slots(model: LoadedModel) -> None:
-    experts = plan(model, expert_bytes=1_000_000).experts
-    assert experts is not None
-    assert (experts.nbytes, experts.direct) == (1_000_000, False)
-    experts = plan(model, expert_bytes=9 * GB).experts
-    assert experts is not None
-    assert experts.direct
+@pytest.mark.parametrize(
+    ("experts", "slots", "access"),
+    [(12, 1, "mapped"), (20, 1, "cached"), (20, 9, "direct")],
+)
+def test_the_page_cache_is_used_where_it_holds_all_experts_or_more_than_the_slots(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, experts: int, slots: int, access: Access
+) -> None:
+    """16 GB of memory are free."""
+    monkeypatch.setattr("mixbit.engine.memory_plan.expert_bytes", lambda program: experts * GB)
+    found = plan(model, weights=(experts + 1) * GB, expert_bytes=slots * GB)
+    assert found.experts == ExpertMemory(slots * GB, access)
+    way = {"mapped": "mapped from", "cached": "by way of", "direct": "past"}[access]
+    assert f"through {slots}.0 GB of memory, {way} the page cache" in found.explanation
 
 
 @pytest.mark.parametrize(
@@ -114,7 +120,7 @@ def test_a_device_plans_with_its_own_memory(model: LoadedModel) -> None:
     assert on_card(7 * GB).explanation == "weights of 7.0 GB stay on the device"
     found = on_card(7 * GB, memory_bytes=7 * GB + (256 << 20) + 2_000_000)
     assert found.experts is not None
-    assert not found.experts.direct, "main memory is the second tier"
+    assert found.experts.access == "cached", "main memory is the second tier"
     assert "(the weights do not fit in 7.3 GB)" in found.explanation
     with pytest.raises(CacheError, match=r"of 7\.5 GB of memory, 9\.0 GB of weights"):
         on_card(9 * GB)

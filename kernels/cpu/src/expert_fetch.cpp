@@ -17,6 +17,7 @@ ExpertFetch::ExpertFetch(ExpertStore& store, int layer, std::span<const Grouping
     : store_(store), layer_(layer), groups_(groups), in_order_(in_order), needs_(groups.size()) {
   std::lock_guard lock(store.mutex_);
   store.advance(layer);
+  store.drop_cut_off(layer);
   ExpertStore::Layer& own = store.layers_[static_cast<std::size_t>(layer)];
   Residency& residency = *store.pools_[own.pool].residency;
   // What follows will hardly be different: as good as all experts of the next layer too.

@@ -61,6 +61,10 @@ int ExpertStore::add(const MlpWeights& stacks, std::vector<FilePart> parts, Rows
 }
 
 void ExpertStore::finish() {
+  reader_ = std::make_unique<Reader>(options_.files, options_.access, options_.threads,
+                                     [this](std::int64_t tag, std::int64_t bytes, const std::string* error) {
+                                       done(tag, bytes, error);
+                                     });
   double total = 0;
   for (Layer& layer : layers_) {
     const auto same = [&](const Pool& pool) { return pool.slot_bytes == layer.slot_bytes; };
@@ -84,15 +88,11 @@ void ExpertStore::finish() {
     const std::int64_t bytes = std::min(static_cast<std::int64_t>(share), left - least);
     const std::int64_t count = std::clamp<std::int64_t>(bytes / pool.slot_bytes, 1, pool.keys);
     left -= count * pool.slot_bytes;
-    pool.memory = std::make_unique<Pages>(count * pool.slot_bytes);
+    if (!reader_->mapped()) pool.memory = std::make_unique<Pages>(count * pool.slot_bytes);
     pool.residency = std::make_unique<Residency>(pool.keys, count);
     pool.slots.resize(static_cast<std::size_t>(count));
   }
-  reader_ = std::make_unique<Reader>(options_.files, options_.direct, options_.threads,
-                                     [this](std::int64_t tag, std::int64_t bytes, const std::string* error) {
-                                       done(tag, bytes, error);
-                                     });
-  populating_ = std::thread([this] { populate(); });
+  if (!reader_->mapped()) populating_ = std::thread([this] { populate(); });
 }
 
 // Slots are first written to by reads, which then wait for the system to clear memory, and in virtual machines for the
@@ -112,7 +112,7 @@ void ExpertStore::populate() {
 
 std::int64_t ExpertStore::bytes() const {
   std::int64_t bytes = 0;
-  for (const Pool& pool : pools_) bytes += pool.memory->size();
+  for (const Pool& pool : pools_) bytes += pool.residency->slots() * pool.slot_bytes;
   return bytes;
 }
 
@@ -143,13 +143,13 @@ std::int64_t ExpertStore::request(int number, std::int64_t expert, Urgency urgen
   } else {
     ++layer.counts.misses;
   }
-  std::byte* base = pool.memory->data() + place * pool.slot_bytes;
+  std::byte* base = pool.memory ? pool.memory->data() + place * pool.slot_bytes : nullptr;
   if (layer.reading++ == 0) layer.since = Clock::now();
   for (std::size_t i = 0; i < layer.parts.size(); ++i) {
     FilePart part = layer.parts[i];
     part.offset += expert * part.bytes;
     slot.pieces += Reader::pieces(part);
-    reader_->read(part, base + layer.places[i], place * 256 + static_cast<std::int64_t>(layer.pool),
+    reader_->read(part, base ? base + layer.places[i] : nullptr, place * 256 + static_cast<std::int64_t>(layer.pool),
                   urgency == Urgency::idle);
   }
   return place;
@@ -186,6 +186,26 @@ void ExpertStore::advance(int layer) {
     for (Pool& pool : pools_) pool.residency->advance();
   }
   last_layer_ = layer;
+}
+
+// Mapped experts that a file does not reach to any more: to touch them would end the process, to ask for them again tells
+// what is wrong.
+void ExpertStore::drop_cut_off(int number) {
+  if (!reader_->mapped()) return;
+  const Layer& layer = layers_[static_cast<std::size_t>(number)];
+  std::int64_t whole = layer.experts, size = 0;
+  for (int file = -1; const FilePart& part : layer.parts) {
+    if (part.file != file) size = reader_->size(file = part.file);
+    whole = std::clamp<std::int64_t>((size - part.offset) / part.bytes, 0, whole);
+  }
+  Residency& residency = *pools_[layer.pool].residency;
+  for (std::int64_t expert = whole; expert < layer.experts; ++expert) {
+    const std::int64_t place = residency.find(layer.first_key + expert);
+    if (place < 0) continue;
+    residency.pin(place);
+    residency.spoil(place);
+    residency.unpin(place);
+  }
 }
 
 void ExpertStore::expect(int number, std::span<const std::int32_t> experts) {
@@ -249,12 +269,13 @@ bool ExpertStore::misses(int number) const {
 MlpWeights ExpertStore::weights(int number, std::int64_t expert, std::int64_t place) const {
   const Layer& layer = layers_[static_cast<std::size_t>(number)];
   const Pool& pool = pools_[layer.pool];
-  const std::byte* base = pool.memory->data() + place * pool.slot_bytes;
   MlpWeights one = layer.stacks;
   std::size_t i = 0;
   for_each_array(one, [&](const std::byte*& array) {
     const FilePart& part = layer.parts[i];
-    array = base + layer.places[i] + Reader::lead(part.offset + expert * part.bytes);
+    const std::int64_t offset = part.offset + expert * part.bytes;
+    array = pool.memory ? pool.memory->data() + place * pool.slot_bytes + layer.places[i] + Reader::lead(offset)
+                        : reader_->at(part.file, offset);
     ++i;
   });
   return one;

@@ -1,4 +1,5 @@
-// Experts that are read from their files when they are chosen, into slots of a bounded size in memory.
+// Experts that are read from their files when they are chosen, into slots of a bounded size in memory. Of experts
+// that are mapped a slot has no memory: it stands for one that has been brought to where it is mapped.
 #pragma once
 
 #include <atomic>
@@ -24,7 +25,7 @@ namespace mixbit {
 struct StoreOptions {
   std::vector<std::string> files;
   std::int64_t bytes;  // for all slots together
-  bool direct;         // past the page cache
+  Access access;
   int threads;         // that read
 };
 
@@ -92,7 +93,7 @@ class ExpertStore {
   };
   struct Pool {
     std::int64_t slot_bytes, keys;
-    std::unique_ptr<Pages> memory{};
+    std::unique_ptr<Pages> memory{};  // none: experts stay where they are mapped
     std::unique_ptr<Residency> residency{};
     std::vector<Slot> slots{};
   };
@@ -104,6 +105,7 @@ class ExpertStore {
   // All need the mutex.
   std::int64_t request(int layer, std::int64_t expert, Urgency urgency);  // a slot, pinned; -1: none to be had
   void advance(int layer);
+  void drop_cut_off(int layer);
   void settle_ahead();
   void drop_idle(const std::function<bool(const Pool& pool, std::int64_t place)>& wanted);
   void end_piece(Pool& pool, std::int64_t place);

@@ -237,10 +237,10 @@ NB_MODULE(_cpu, m) {
           nb::arg("precision"), nb::arg("threads"), nb::arg("isa"), nb::arg("profile"))
       .def(
           "stream_experts",
-          [](Program& p, std::vector<std::string> files, std::int64_t bytes, bool direct, int threads) {
-            p.stream_experts({std::move(files), bytes, direct, threads});
+          [](Program& p, std::vector<std::string> files, std::int64_t bytes, Access access, int threads) {
+            p.stream_experts({std::move(files), bytes, access, threads});
           },
-          nb::kw_only(), nb::arg("files"), nb::arg("bytes"), nb::arg("direct"), nb::arg("threads"))
+          nb::kw_only(), nb::arg("files"), nb::arg("bytes"), nb::arg("access"), nb::arg("threads"))
       .def("value",
            [](Program& p, std::int64_t dim, bool selected) {
              p.add_value(dim, selected ? Rows::selected : Rows::tokens);

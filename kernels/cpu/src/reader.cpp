@@ -1,6 +1,7 @@
 #include "reader.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -43,10 +44,14 @@ int open_buffered(const char* path, [[maybe_unused]] bool uncached) {
 #if defined(F_NOCACHE)
   if (descriptor >= 0 && uncached) fcntl(descriptor, F_NOCACHE, 1);
 #endif
-#if defined(POSIX_FADV_RANDOM)
-  if (descriptor >= 0) posix_fadvise(descriptor, 0, 0, POSIX_FADV_RANDOM);  // what lies beside a part is not wanted
-#endif
   return descriptor;
+}
+
+// What lies beside a part is not wanted.
+void expect_random([[maybe_unused]] int descriptor) {
+#if defined(POSIX_FADV_RANDOM)
+  posix_fadvise(descriptor, 0, 0, POSIX_FADV_RANDOM);
+#endif
 }
 
 std::string name_of(const std::string& path) { return path.substr(path.rfind('/') + 1); }
@@ -58,7 +63,8 @@ std::int64_t Reader::pieces(const FilePart& part) {
   return (bytes + piece_bytes - 1) / piece_bytes;
 }
 
-Reader::Reader(std::vector<std::string> paths, bool direct, int threads, Done done) : done_(std::move(done)) {
+Reader::Reader(std::vector<std::string> paths, Access access, int threads, Done done) : done_(std::move(done)) {
+  const bool direct = access == Access::direct;
   for (std::string& path : paths) {
     int descriptor = direct ? open_direct(path.c_str()) : -1;
     if (descriptor >= 0 && !reads_directly(descriptor)) {
@@ -72,8 +78,11 @@ Reader::Reader(std::vector<std::string> paths, bool direct, int threads, Done do
       for (const File& file : files_) close(file.descriptor);
       throw ReadError(path + ": cannot be opened: " + why);
     }
-    files_.push_back({std::move(path), descriptor, past_cache});
+    FileMap map = access == Access::mapped ? FileMap(descriptor) : FileMap();
+    if (!map.data()) expect_random(descriptor);
+    files_.push_back({std::move(path), descriptor, past_cache, std::move(map)});
   }
+  mapped_ = std::all_of(files_.begin(), files_.end(), [](const File& file) { return file.map.data() != nullptr; });
   for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
 }
 
@@ -85,6 +94,11 @@ Reader::~Reader() {
   wake_.notify_all();
   for (std::thread& thread : threads_) thread.join();
   for (const File& file : files_) close(file.descriptor);
+}
+
+std::int64_t Reader::size(int file) const {
+  struct stat facts;
+  return fstat(files_[static_cast<std::size_t>(file)].descriptor, &facts) == 0 ? facts.st_size : 0;
 }
 
 void Reader::read(const FilePart& part, std::byte* to, std::int64_t tag, bool idle) {
@@ -134,11 +148,23 @@ void Reader::work() {
     from.pop_front();
     idle_running_ += idle;
     lock.unlock();
-    const std::string error = run(piece);
+    const std::string error = mapped_ ? bring(piece) : run(piece);
     done_(piece.tag, piece.bytes, error.empty() ? nullptr : &error);
     lock.lock();
     idle_running_ -= idle;
   }
+}
+
+// As `run`, to where it is mapped.
+std::string Reader::bring(const Piece& piece) const {
+  const File& file = files_[static_cast<std::size_t>(piece.file)];
+  if (file.map.bring(piece.begin, piece.end)) return {};
+  std::vector<std::byte> aside(static_cast<std::size_t>(piece.end - piece.begin));
+  Piece copied = piece;
+  copied.to = aside.data();
+  if (std::string error = run(copied); !error.empty()) return error;
+  if (file.map.bring(piece.begin, piece.end)) return {};
+  return name_of(file.path) + ": cannot be mapped at byte " + std::to_string(piece.begin) + "; restart";
 }
 
 // Empty, or what went wrong.

@@ -1,4 +1,4 @@
-// Reads parts of files into memory, several at once, by threads that do nothing else.
+// Brings parts of files into memory, several at once, by threads that do nothing else.
 #pragma once
 
 #include <condition_variable>
@@ -12,6 +12,8 @@
 #include <thread>
 #include <vector>
 
+#include "file_map.h"
+
 namespace mixbit {
 
 // A file could not be opened or read: which, where, why, and what to do.
@@ -19,6 +21,10 @@ class ReadError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
+
+// direct: past the page cache, where the file system allows. cached: copied out of it. mapped: where the page cache has them,
+// without a copy; on systems that cannot fill a map on demand, as cached.
+enum class Access : std::uint8_t { direct, cached, mapped };
 
 // Bytes [offset, offset + bytes) of a file.
 struct FilePart {
@@ -44,14 +50,25 @@ class Reader {
   // be read, where, and why.
   using Done = std::function<void(std::int64_t tag, std::int64_t bytes, const std::string* error)>;
 
-  // direct: where the file system allows. Throws ReadError for a file that cannot be opened.
-  Reader(std::vector<std::string> paths, bool direct, int threads, Done done);
+  // Throws ReadError for a file that cannot be opened.
+  Reader(std::vector<std::string> paths, Access access, int threads, Done done);
   ~Reader();
   Reader(const Reader&) = delete;
   Reader& operator=(const Reader&) = delete;
 
-  // Reads `part` to `to`, which has room for it, after what was asked for before. idle: while nothing else is asked for,
-  // and by few threads, so that what is asked for then hardly waits.
+  // Whether parts are brought to where they are mapped, not to memory of the caller's.
+  bool mapped() const { return mapped_; }
+
+  // Where a byte of a file is mapped.
+  const std::byte* at(int file, std::int64_t offset) const {
+    return files_[static_cast<std::size_t>(file)].map.data() + offset;
+  }
+
+  // Bytes that a file has now.
+  std::int64_t size(int file) const;
+
+  // Reads `part` to `to`, which has room for it unless `mapped`, after what was asked for before. idle: while nothing else
+  // is asked for, and by few threads, so that what is asked for then hardly waits.
   void read(const FilePart& part, std::byte* to, std::int64_t tag, bool idle = false);
 
   // Idle reads that have not begun and whose tag is not `wanted` do not begin. Returns their tags, one for each piece.
@@ -65,6 +82,7 @@ class Reader {
     std::string path;
     int descriptor;
     bool direct;
+    FileMap map;
   };
   // `end`: of what is wanted, `room_end`: of what may be read, both places in the file. bytes: wanted.
   struct Piece {
@@ -76,8 +94,10 @@ class Reader {
 
   void work();
   std::string run(const Piece& piece) const;
+  std::string bring(const Piece& piece) const;
 
   std::vector<File> files_;
+  bool mapped_;
   Done done_;
   std::mutex mutex_;
   std::condition_variable wake_;

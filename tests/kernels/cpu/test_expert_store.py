@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from mixbit.engine.loader import load
 from mixbit.kernels.cpu.backend import CpuBackend, CpuExecutor
 from mixbit.kernels.cpu.recorder import record
 from mixbit.kernels.executor import BackendError, CacheConfig, ExecutorOptions, Precision
-from mixbit.kernels.experts import ExpertMemory, WeightsError, expert_bytes, stacks, streamable
+from mixbit.kernels.experts import Access, ExpertMemory, WeightsError, expert_bytes, stacks, streamable
 from mixbit.kernels.ops import AddNorm, MlpSpec, Moe, Program
 from mixbit.kernels.spec import Matrix, StoredArray
 from tests.checkpoints import VOCAB_SIZE, write_checkpoint
@@ -78,12 +78,12 @@ def converse(executor: CpuExecutor) -> npt.NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
-@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("access", get_args(Access))
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 20, EXPERTS * 4])
 def test_results_are_those_of_the_resident_form_to_the_bit(
-    program: Program, slots: int, direct: bool, precision: Precision
+    program: Program, slots: int, access: Access, precision: Precision
 ) -> None:
-    memory = ExpertMemory(slots * CpuBackend().least_expert_bytes(program), direct)
+    memory = ExpertMemory(slots * CpuBackend().least_expert_bytes(program), access)
     streaming = compile_cpu(program, memory, precision)
     got = converse(streaming)
     np.testing.assert_array_equal(got, converse(compile_cpu(program, None, precision)))
@@ -184,6 +184,16 @@ def test_memory_for_slots_is_there_before_they_are_used_and_what_they_hold_stays
     assert [each.misses for each in executor.expert_counts()] == misses
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a map can be filled on demand on Linux alone")
+def test_mapped_experts_take_no_memory_of_their_own(program: Program) -> None:
+    before = slot_pages()["Size"]
+    memory = ExpertMemory(CpuBackend().least_expert_bytes(program) * EXPERTS * 4, "mapped")
+    executor = compile_cpu(program, memory)
+    executor.run(Sequences(CACHE, count=1).step({0: [1]}))
+    assert slot_pages()["Size"] == before
+    assert 0 < executor.expert_bytes <= memory.nbytes
+
+
 def test_less_memory_than_one_expert_is_refused_with_the_numbers(program: Program) -> None:
     least = CpuBackend().least_expert_bytes(program)
     with pytest.raises(BackendError, match=rf"{least - 1} bytes.*{least}"):
@@ -218,14 +228,14 @@ def elsewhere(program: Program, place: Callable[[StoredArray], StoredArray]) -> 
     return replace(program, nodes=nodes)
 
 
-@pytest.mark.parametrize("direct", [True, False])
-def test_a_file_that_is_truncated_late_ends_the_step_and_nothing_else(tmp_path: Path, direct: bool) -> None:
+@pytest.mark.parametrize("access", get_args(Access))
+def test_a_file_that_is_truncated_late_ends_the_step_and_nothing_else(tmp_path: Path, access: Access) -> None:
     path = write_checkpoint(tmp_path / "model", "qwen3_moe", config={"num_experts": EXPERTS, "num_experts_per_tok": 2})
     whole = load(path).program
     file = tmp_path / "model-copy.safetensors"  # the dense part stays: it is mapped
     shutil.copy(path / "model.safetensors", file)
     program = elsewhere(whole, lambda place: replace(place, file=file))
-    memory = ExpertMemory(CpuBackend().least_expert_bytes(program) * EXPERTS * 4, direct)
+    memory = ExpertMemory(CpuBackend().least_expert_bytes(program) * EXPERTS * 4, access)
     executor, sequences = compile_cpu(program, memory), Sequences(CACHE, count=2)
     before = executor.run(sequences.step({0: [5, 6]}))
     data, prompt = file.read_bytes(), np.arange(200) % VOCAB_SIZE
@@ -236,9 +246,15 @@ def test_a_file_that_is_truncated_late_ends_the_step_and_nothing_else(tmp_path: 
         with pytest.raises(WeightsError, match=message):
             executor.run(sequences.step({1: prompt}))
         sequences.restart(1)
-    sequences.restart(0)  # what is in memory still works
-    np.testing.assert_array_equal(executor.run(sequences.step({0: [5, 6]})), before)
+    sequences.restart(0)
+    if access != "mapped":  # what is in memory still works
+        np.testing.assert_array_equal(executor.run(sequences.step({0: [5, 6]})), before)
+    else:  # what was mapped is gone: an error, not a fault
+        with pytest.raises(WeightsError, match=message):
+            executor.run(sequences.step({0: [5, 6]}))
     file.write_bytes(data)
+    sequences.restart(0)
+    np.testing.assert_array_equal(executor.run(sequences.step({0: [5, 6]})), before)
     got = executor.run(sequences.step({1: prompt}))
     np.testing.assert_array_equal(got, compile_cpu(whole, None).run(Sequences(CACHE, count=1).step({0: prompt})))
 
