@@ -2,9 +2,9 @@
 
     python -m bench.expert_store --models DIR [--layers 8]
 
-Experts from the page cache over copies of as many bytes, by two threads each: made ready (mapped, or copied into slots),
-and made ready and gone over once, which a copy leaves to be done. Each turn maps anew: no page was there before. Then
-decoding with all experts in slots over decoding from the weights as they are mapped.
+Experts from the page cache over copies of as many bytes, by two threads each: made ready (mapped, or copied into
+slots), and made ready and gone over once, which a copy leaves to be done. Each turn maps anew: no page is there before.
+Then decoding with all experts in slots over decoding from the weights as they are mapped.
 """
 
 from __future__ import annotations
