@@ -20,7 +20,7 @@ from mixbit.kernels.spec import Matrix, QuantizedTensor
 if TYPE_CHECKING:
     from mixbit.kernels.cpu import _cpu
 
-READERS = 8  # threads that read experts: they wait for the disk, and use no core
+READERS = 8  # threads that read experts, each several parts at once: they wait for the disk, and use no core
 _NO_CACHE = CacheConfig(blocks=1, block_size=1, state_slots=1)
 _NAMES = {
     "portable": "portable code",

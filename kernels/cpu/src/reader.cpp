@@ -14,7 +14,8 @@ namespace mixbit {
 namespace {
 
 constexpr std::int64_t piece_bytes = 1 << 20;
-constexpr std::size_t idle_threads = 4;
+constexpr std::size_t most_at_once = 5;  // of a thread
+constexpr std::size_t most_idle = 4;     // of all
 
 constexpr std::int64_t floor_to(std::int64_t n) { return n / Reader::alignment * Reader::alignment; }
 constexpr std::int64_t ceil_to(std::int64_t n) { return floor_to(n + Reader::alignment - 1); }
@@ -82,6 +83,7 @@ Reader::Reader(std::vector<std::string> paths, Access access, int threads, Done 
     if (!map.data()) expect_random(descriptor);
     files_.push_back({std::move(path), descriptor, past_cache, std::move(map)});
   }
+  direct_ = std::all_of(files_.begin(), files_.end(), [](const File& file) { return file.direct; });
   mapped_ = std::all_of(files_.begin(), files_.end(), [](const File& file) { return file.map.data() != nullptr; });
   for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
 }
@@ -110,8 +112,8 @@ void Reader::read(const FilePart& part, std::byte* to, std::int64_t tag, bool id
     const std::int64_t first = direct ? at : std::max(at, part.offset), last = std::min(next, end);
     const std::int64_t bytes = last - std::max(first, part.offset);
     std::deque<Piece>& queue = idle ? idle_ : queue_;
-    queue.push_back({part.file, first, last, direct ? next : last, bytes, to + (first - begin), tag});
-    if (!idle || idle_.size() <= idle_threads) wake_.notify_one();  // others would find that it is not their turn
+    queue.push_back({part.file, first, last, direct ? next : last, bytes, to + (first - begin), tag, idle});
+    if (!idle || idle_.size() <= most_idle) wake_.notify_one();  // others would find that it is not their turn
   }
 }
 
@@ -130,29 +132,63 @@ void Reader::hasten_idle() {
   std::lock_guard lock(mutex_);
   for (const Piece& piece : idle_) {
     queue_.push_back(piece);
+    queue_.back().idle = false;
     wake_.notify_one();
   }
   idle_.clear();
 }
 
 void Reader::work() {
+  AsyncReads reads(direct_ ? most_at_once : 0);
+  std::vector<Piece> taken, under_way(most_at_once);
   std::unique_lock lock(mutex_);
   while (true) {
-    wake_.wait(lock, [&] {
-      return stop_ || !queue_.empty() || (!idle_.empty() && idle_running_ < idle_threads);
-    });
+    if (reads.idle()) {
+      wake_.wait(lock, [&] { return stop_ || !queue_.empty() || (!idle_.empty() && idle_running_ < most_idle); });
+    }
     if (stop_) return;
+    take(reads.idle() ? std::max<std::size_t>(1, reads.room()) : reads.room(), taken);
+    lock.unlock();
+    for (const Piece& piece : taken) {
+      const int place = reads.room() > 0 ? begin(reads, piece) : -1;
+      if (place >= 0) {
+        under_way[static_cast<std::size_t>(place)] = piece;
+      } else {
+        end(piece, mapped_ ? bring(piece) : run(piece));
+      }
+    }
+    if (!reads.idle()) {
+      reads.wait([&](int place, std::int64_t bytes) {
+        const Piece& piece = under_way[static_cast<std::size_t>(place)];
+        // One that fell short is read once more, to the end or to what is wrong.
+        end(piece, piece.begin + bytes >= piece.end ? std::string() : run(piece));
+      });
+    }
+    lock.lock();
+  }
+}
+
+void Reader::take(std::size_t most, std::vector<Piece>& taken) {
+  taken.clear();
+  while (taken.size() < most) {
     const bool idle = queue_.empty();
+    if (idle && (idle_.empty() || idle_running_ >= most_idle)) return;
     std::deque<Piece>& from = idle ? idle_ : queue_;
-    const Piece piece = from.front();
+    taken.push_back(from.front());
     from.pop_front();
     idle_running_ += idle;
-    lock.unlock();
-    const std::string error = mapped_ ? bring(piece) : run(piece);
-    done_(piece.tag, piece.bytes, error.empty() ? nullptr : &error);
-    lock.lock();
-    idle_running_ -= idle;
   }
+}
+
+int Reader::begin(AsyncReads& reads, const Piece& piece) const {
+  const int descriptor = files_[static_cast<std::size_t>(piece.file)].descriptor;
+  return reads.begin(descriptor, piece.begin, static_cast<std::size_t>(piece.room_end - piece.begin), piece.to);
+}
+
+void Reader::end(const Piece& piece, const std::string& error) {
+  done_(piece.tag, piece.bytes, error.empty() ? nullptr : &error);
+  std::lock_guard lock(mutex_);
+  idle_running_ -= piece.idle;
 }
 
 // As `run`, to where it is mapped.

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "async_reads.h"
 #include "file_map.h"
 
 namespace mixbit {
@@ -68,7 +69,7 @@ class Reader {
   std::int64_t size(int file) const;
 
   // Reads `part` to `to`, which has room for it unless `mapped`, after what was asked for before. idle: while nothing else
-  // is asked for, and by few threads, so that what is asked for then hardly waits.
+  // is asked for, and few at once, so that what is asked for then hardly waits.
   void read(const FilePart& part, std::byte* to, std::int64_t tag, bool idle = false);
 
   // Idle reads that have not begun and whose tag is not `wanted` do not begin. Returns their tags, one for each piece.
@@ -90,14 +91,18 @@ class Reader {
     std::int64_t begin, end, room_end, bytes;
     std::byte* to;
     std::int64_t tag;
+    bool idle;
   };
 
   void work();
+  void take(std::size_t most, std::vector<Piece>& taken);  // needs the mutex
+  int begin(AsyncReads& reads, const Piece& piece) const;
+  void end(const Piece& piece, const std::string& error);
   std::string run(const Piece& piece) const;
   std::string bring(const Piece& piece) const;
 
   std::vector<File> files_;
-  bool mapped_;
+  bool direct_, mapped_;
   Done done_;
   std::mutex mutex_;
   std::condition_variable wake_;
