@@ -6,13 +6,14 @@ Memory is bounded and emptied by a memory cgroup (version 1, as root).
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mixbit.kernels.cpu._cpu import Access, read_seconds
+from mixbit.kernels.cpu._cpu import Access, ReadTimer
 from mixbit.kernels.cpu.backend import READERS
 
 _CGROUP = Path("/sys/fs/cgroup/memory/mixbit-bench")
@@ -58,19 +59,18 @@ class Disk:
     """What the disk gives for random reads of files past the page cache, as our store reads experts."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._files = [str(file) for file in files]
         self._counts = [file.stat().st_size // _READ_BYTES for file in files]
+        room = _TOGETHER * (_READ_BYTES + mmap.PAGESIZE)
+        names = [str(file) for file in files]
+        self._timer = ReadTimer(files=names, access=Access.direct, threads=READERS, bytes=room)
 
     def rate(self) -> float:
         """Bytes per second now."""
         places = [
             [(file, _READ_BYTES * random.randrange(self._counts[file]), _READ_BYTES)]
-            for file in random.choices(range(len(self._files)), self._counts, k=_READS)
+            for file in random.choices(range(len(self._counts)), self._counts, k=_READS)
         ]
-        seconds = read_seconds(
-            files=self._files, experts=places, access=Access.direct, threads=READERS, together=_TOGETHER
-        )
-        return _READ_BYTES * _READS / seconds
+        return _READ_BYTES * _READS / self._timer.seconds(places, together=_TOGETHER)
 
 
 @contextlib.contextmanager

@@ -13,15 +13,6 @@ _Mlp = tuple[Weight, Weight, Weight]
 def usable_cores() -> int: ...
 def best_isa() -> str: ...
 def supported_isas() -> list[str]: ...
-def read_seconds(
-    *,
-    files: list[str],
-    experts: list[list[tuple[int, int, int]]],
-    access: Access,
-    threads: int,
-    together: int,
-    use: bool = False,
-) -> float: ...
 
 class ReadError(OSError): ...
 
@@ -29,6 +20,10 @@ class Access(Enum):
     direct = 0
     cached = 1
     mapped = 2
+
+class ReadTimer:
+    def __init__(self, *, files: list[str], access: Access, threads: int, bytes: int) -> None: ...
+    def seconds(self, experts: list[list[tuple[int, int, int]]], /, *, together: int, use: bool = False) -> float: ...
 
 class Residency:
     def __init__(self, *, keys: int, slots: int) -> None: ...

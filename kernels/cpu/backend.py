@@ -84,21 +84,20 @@ class CpuBackend:
         nodes, random = list(streamable(program)), np.random.default_rng()
         if not nodes:
             raise ValueError("the program has no experts in files")
-        files, chosen, total = _files(program), [], 0
+        files, chosen, total, together = _files(program), [], 0, nodes[0].spec.top_k
         for node in (nodes[number] for number in random.integers(len(nodes), size=count)):
             expert = int(random.integers(node.spec.router.out_dim))
             parts = expert_parts(node, files)
             chosen.append([(file, offset + expert * nbytes, nbytes) for file, offset, nbytes in parts])
             total += sum(nbytes for _, _, nbytes in parts)
         try:
-            seconds = _cpu.read_seconds(
+            timer = _cpu.ReadTimer(
                 files=[str(file) for file in files],
-                experts=chosen,
                 access=_cpu.Access[access],
                 threads=threads,
-                together=nodes[0].spec.top_k,
-                use=use,
+                bytes=together * max(map(_slot_bytes, nodes)),
             )
+            seconds = timer.seconds(chosen, together=together, use=use)
         except _cpu.ReadError as error:
             raise WeightsError(str(error)) from None
         return total / seconds

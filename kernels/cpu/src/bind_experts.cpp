@@ -10,7 +10,9 @@
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
+#include <span>
 
+#include "checks.h"
 #include "pages.h"
 #include "reader.h"
 #include "residency.h"
@@ -34,65 +36,80 @@ void sum(const std::byte* data, std::int64_t bytes) {
   sums += total;
 }
 
-// Seconds for reading experts, each by its parts, `together` at a time, as a step of a model does. use: each part, once it
-// is there, has its bytes summed by a thread that reads.
-double read_seconds(std::vector<std::string> files, const std::vector<std::vector<FilePartArg>>& experts, Access access,
-                    int threads, std::int64_t together, bool use) {
+// Times reads of experts, as a step of a model does them. Its memory is taken once: later there may be none in huge pages,
+// and a direct read into scattered ones is cut up.
+class ReadTimer {
+ public:
+  ReadTimer(std::vector<std::string> files, Access access, int threads, std::int64_t bytes)
+      : memory_(bytes), reader_(std::move(files), access, threads, [this](auto tag, auto, auto error) { done(tag, error); }) {
+    std::fill_n(memory_.data(), memory_.size(), std::byte{});  // faults are not the disk's
+  }
+
+  // Seconds for experts, each by its parts, `together` at a time, which must have room in memory. use: each part, once it is
+  // there, has its bytes summed by a thread that reads.
+  double seconds(const std::vector<std::vector<FilePartArg>>& experts, std::int64_t together, bool use) {
+    nb::gil_scoped_release unlocked;
+    use_ = use;
+    error_.clear();
+    const auto start = std::chrono::steady_clock::now();
+    const auto step = static_cast<std::size_t>(together);
+    for (std::size_t first = 0; first < experts.size(); first += step) {
+      read(std::span(experts).subspan(first, std::min(step, experts.size() - first)));
+      if (!error_.empty()) throw ReadError(error_);
+    }
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+
+ private:
   struct Read {
     FilePart part;
     std::byte* to;
-    std::atomic<std::int64_t> pieces;
+    std::int64_t pieces;
   };
-  std::int64_t room = 0;
-  std::size_t most = 0;
-  for (const auto& expert : experts) {
-    std::int64_t bytes = 0;
-    for (const auto& [file, offset, size] : expert) bytes += Reader::room(size);
-    room = std::max(room, bytes);
-    most = std::max(most, expert.size());
-  }
-  const Pages memory(room * together);
-  std::fill_n(memory.data(), memory.size(), std::byte{});  // faults are not the disk's
-  std::vector<Read> reads(most * static_cast<std::size_t>(together));
-  nb::gil_scoped_release unlocked;
-  std::mutex mutex;
-  std::condition_variable arrived;
-  std::int64_t left = 0;
-  std::string error;
-  const Reader* own = nullptr;
-  Reader reader(std::move(files), access, threads, [&](std::int64_t tag, std::int64_t, const std::string* what) {
-    Read& read = reads[static_cast<std::size_t>(tag)];
-    if (--read.pieces == 0 && use && !what) {
-      sum(own->mapped() ? own->at(read.part.file, read.part.offset) : read.to + Reader::lead(read.part.offset),
-          read.part.bytes);
-    }
-    std::lock_guard lock(mutex);
-    if (what) error = *what;
-    if (--left == 0) arrived.notify_one();
-  });
-  own = &reader;
-  const auto start = std::chrono::steady_clock::now();
-  for (std::size_t first = 0; first < experts.size(); first += static_cast<std::size_t>(together)) {
-    std::unique_lock lock(mutex);
-    std::byte* to = memory.data();
-    std::int64_t tag = 0;
-    const std::size_t end = std::min(first + static_cast<std::size_t>(together), experts.size());
-    for (std::size_t i = first; i < end; ++i) {
-      for (const auto& [file, offset, size] : experts[i]) {
-        Read& read = reads[static_cast<std::size_t>(tag)];
-        read.part = {file, offset, size};
-        read.to = to;
-        read.pieces = Reader::pieces(read.part);
-        left += read.pieces;
-        reader.read(read.part, to, tag++);
+
+  void read(std::span<const std::vector<FilePartArg>> experts) {
+    std::unique_lock lock(mutex_);
+    reads_.clear();
+    std::byte* to = memory_.data();
+    std::int64_t pieces = 0;
+    for (const auto& parts : experts) {
+      for (const auto& [file, offset, size] : parts) {
+        const FilePart part{file, offset, size};
+        reads_.push_back({part, to, Reader::pieces(part)});
+        pieces += reads_.back().pieces;
         to += Reader::room(size);
       }
     }
-    arrived.wait(lock, [&] { return left == 0; });
-    if (!error.empty()) throw ReadError(error);
+    require_equal("room for reads", std::max<std::int64_t>(0, to - memory_.data() - memory_.size()), 0);
+    left_ = pieces;
+    for (std::size_t i = 0; i < reads_.size(); ++i) {
+      reader_.read(reads_[i].part, reads_[i].to, static_cast<std::int64_t>(i));
+    }
+    arrived_.wait(lock, [&] { return left_ == 0; });
   }
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
+
+  void done(std::int64_t tag, const std::string* error) {
+    std::unique_lock lock(mutex_);
+    Read& read = reads_[static_cast<std::size_t>(tag)];
+    if (error) error_ = *error;
+    if (--read.pieces == 0 && use_ && !error) {
+      lock.unlock();
+      sum(reader_.mapped() ? reader_.at(read.part.file, read.part.offset) : read.to + Reader::lead(read.part.offset),
+          read.part.bytes);
+      lock.lock();
+    }
+    if (--left_ == 0) arrived_.notify_one();
+  }
+
+  Pages memory_;
+  std::mutex mutex_;
+  std::condition_variable arrived_;
+  std::vector<Read> reads_;
+  std::int64_t left_ = 0;  // of all pieces
+  bool use_ = false;
+  std::string error_;
+  Reader reader_;  // last: its threads end first
+};
 
 }  // namespace
 
@@ -112,8 +129,11 @@ void bind_experts(nb::module_& m) {
       .def("unpin", &Residency::unpin)
       .def("spoil", &Residency::spoil);
 
-  m.def("read_seconds", &read_seconds, nb::kw_only(), nb::arg("files"), nb::arg("experts"), nb::arg("access"),
-        nb::arg("threads"), nb::arg("together"), nb::arg("use") = false);
+  nb::class_<ReadTimer>(m, "ReadTimer")
+      .def(nb::init<std::vector<std::string>, Access, int, std::int64_t>(), nb::kw_only(), nb::arg("files"),
+           nb::arg("access"), nb::arg("threads"), nb::arg("bytes"))
+      .def("seconds", &ReadTimer::seconds, nb::arg("experts"), nb::kw_only(), nb::arg("together"),
+           nb::arg("use") = false);
 }
 
 }  // namespace mixbit
