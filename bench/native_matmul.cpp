@@ -167,11 +167,13 @@ int main(int argc, char** argv) {
   m.scales = m.weight + codes;
   m.biases = m.scales + scales;
 
-  Activations x(o.tokens, m.cols);
+  Activations x(o.isa, o.tokens, m.cols);
   x.serve(m);
   std::vector<float> values(static_cast<std::size_t>(m.cols));
   for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i * 2654435761u % 1000) / 500 - 1;
-  for (int i = 0; i < o.tokens; ++i) x.prepare(o.isa, i, values.data(), m.cols);
+  x.begin(o.tokens);
+  for (int i = 0; i < o.tokens; ++i) x.prepare(i, values.data(), m.cols);
+  x.line_up(0, o.tokens, m.cols);
   std::vector<float> y(static_cast<std::size_t>(m.rows * o.tokens));
 
   const auto part = [&](std::int64_t total, int t) { return total * t / o.threads; };
@@ -179,7 +181,7 @@ int main(int argc, char** argv) {
     return best_time(o.threads, 9, [&, rows, tokens](int t) {
       const std::int64_t tile = preferred_tile(m, tokens), end = part(rows, t + 1);
       for (std::int64_t r = part(rows, t); r < end; r += tile)
-        matmul_rows(o.isa, m, x, nullptr, tokens, r, std::min(r + tile, end), y.data(), m.rows);
+        matmul_rows(m, x, nullptr, tokens, r, std::min(r + tile, end), y.data(), m.rows);
     });
   };
 

@@ -115,10 +115,11 @@ class ExecutorOptions:
 
     max_tokens: rows of the largest batch. threads: CPU threads, 0 for one a core.
     profile: time each kind of node (costs a little).
-    isa: force a CPU instruction set ("portable", "avx2", "avx512", "neon"); None takes the best.
+    isa: force a CPU instruction set ("portable", "avx2", "avx512", "amx", "neon"); None takes the best.
     dtype: of the activations; None lets the backend choose (float32 on CPUs, the checkpoint's on GPUs).
     precision: "fast" lets a backend round the inputs of quantized matrices to int8, each group of columns by its
-        own scale (CPUs do, but for routers), and keys and values to bfloat16; "exact" keeps them as they are.
+        own scale, or with the matrix to bfloat16 (CPUs do, routers' twice), and keys and values to bfloat16; "exact"
+        keeps them as they are.
     experts: read experts from their files as they are chosen, within this memory (backends that are a
         `StreamingBackend`); None: all stay where the device has its weights.
     """

@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
     device.add_argument("--device", metavar="NAME", default="auto", help="see mixbit doctor (default: auto)")
     device.add_argument("--threads", metavar="N", type=int, default=0, help="CPU threads (default: one a core)")
     device.add_argument(
-        "--precision", choices=["fast", "exact"], default="fast", help="fast: int8 activations on CPUs (the default)"
+        "--precision", choices=["fast", "exact"], default="fast", help="fast: rounded activations on CPUs (the default)"
     )
     device.add_argument("--isa", metavar="NAME", help="force a CPU instruction set (default: the best)")
     device.add_argument(

@@ -1,5 +1,5 @@
 // matmul_rows of one instruction set against a plain double-precision product, on random shapes. Where activations
-// are taken as int8, the product is of the activations as they should be rounded.
+// are rounded, to int8 or with the matrix to bfloat16, the product is of the values as they should be rounded.
 //
 //   matmul_test [ISA [CASES [SEED]]]     without ISA: all that this processor can run
 //
@@ -82,7 +82,7 @@ struct Case {
 
 Case random_case(int serial) {
   constexpr int widths[] = {1, 2, 3, 4, 5, 6, 8, 0};
-  constexpr int counts[] = {1, 2, 3, 4, 5, 7, 8, 33, 0};
+  constexpr int counts[] = {1, 2, 3, 4, 5, 7, 8, 33, 0, 140};
   Case c;
   Matrix& m = c.matrix;
   m.bits = widths[serial % 8];
@@ -91,7 +91,7 @@ Case random_case(int serial) {
   m.precision = static_cast<Precision>(serial / 72 % 3);
   m.rows = 1 + below(37);
   m.cols = m.bits == 0 ? 1 + below(700) : m.group_size * (1 + below(below(4) == 0 ? 90 : 9));
-  c.count = counts[below(9)];
+  c.count = counts[below(10)];
   c.gathered = below(2) == 0;
   return c;
 }
@@ -117,7 +117,7 @@ std::vector<double> rounded(const std::vector<float>& x, int group_size, std::ve
 // What the kernels of `m` take x for: groups whose peak, squared, is more than `spread` times the row's mean are rounded
 // twice.
 std::vector<double> taken_for(const std::vector<float>& x, const Matrix& m) {
-  if (!m.takes_int8()) return {x.begin(), x.end()};
+  if (!m.rounds_inputs()) return {x.begin(), x.end()};
   const float spread = m.precision == Precision::fine ? 0.0f : 1.2f;
   const auto size = static_cast<std::size_t>(m.group_size), groups = x.size() / size;
   std::vector<float> squares(groups), rest, none;
@@ -133,6 +133,17 @@ std::vector<double> taken_for(const std::vector<float>& x, const Matrix& m) {
   for (std::size_t i = 0; i < out.size(); ++i)
     if (squares[i / size] > spread * (total / static_cast<float>(groups))) out[i] += more[i];
   return out;
+}
+
+// The nearest bfloat16, ties to even.
+double bfloat16(double value) {
+  const auto f = static_cast<float>(value);
+  std::uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+  float rounded;
+  std::memcpy(&rounded, &bits, sizeof rounded);
+  return rounded;
 }
 
 bool run(Isa isa, const Case& c) {
@@ -166,16 +177,27 @@ bool run(Isa isa, const Case& c) {
   }
 
   const int x_rows = c.count + 3;
-  Activations x(x_rows, m.cols + 64 * below(2));
+  Activations x(isa, x_rows, m.cols + 64 * below(2));
   x.serve(m);
+  x.begin(x_rows);
   std::vector<std::vector<float>> values(static_cast<std::size_t>(x_rows), std::vector<float>(static_cast<std::size_t>(m.cols)));
   for (int i = 0; i < x_rows; ++i) {
     for (float& v : values[static_cast<std::size_t>(i)]) v = static_cast<float>(normal());
     if (m.cols >= 32 && below(4) == 0) std::fill_n(values[static_cast<std::size_t>(i)].begin(), 32, 0.0f);
-    x.prepare(isa, i, values[static_cast<std::size_t>(i)].data(), m.cols);
+    x.prepare(i, values[static_cast<std::size_t>(i)].data(), m.cols);
   }
+  x.line_up(0, x_rows, m.cols);
   std::vector<std::vector<double>> taken;
-  for (const auto& v : values) taken.push_back(taken_for(v, m));
+  const bool halves = isa == Isa::amx && m.rounds_inputs() && x_rows >= 8;
+  for (const auto& v : values) {
+    if (!halves) {
+      taken.push_back(taken_for(v, m));
+      continue;
+    }
+    taken.emplace_back(v.begin(), v.end());
+    for (double& each : taken.back()) each = m.precision == Precision::fine ? each : bfloat16(each);
+  }
+  const double tolerance = halves ? 2e-5 : 2e-6;  // the least products of fine ones are not made
   std::vector<std::int32_t> index;
   for (int i = 0; i < c.count; ++i) index.push_back(c.gathered ? below(x_rows) : i);
 
@@ -183,10 +205,11 @@ bool run(Isa isa, const Case& c) {
   const std::int64_t begin = below(static_cast<int>(m.rows)), end = begin + below(static_cast<int>(m.rows - begin) + 1);
   const std::int64_t stride = m.rows + below(5);
   std::vector<float> y(static_cast<std::size_t>(c.count * stride + 1), untouched);
-  matmul_rows(isa, m, x, c.gathered ? index.data() : nullptr, c.count, begin, end, y.data(), stride);
+  matmul_rows(m, x, c.gathered ? index.data() : nullptr, c.count, begin, end, y.data(), stride);
 
   std::vector<float> row(static_cast<std::size_t>(m.cols));
   bool good = true;
+  const bool coarse = halves && m.precision == Precision::fast;
   for (std::int64_t r = 0; r < m.rows; ++r) {
     unpack_row(m, r, row.data());
     for (std::int64_t k = 0; k < m.cols; ++k) {
@@ -202,10 +225,11 @@ bool run(Isa isa, const Case& c) {
       const auto& v = taken[static_cast<std::size_t>(index[static_cast<std::size_t>(i)])];
       double want = 0, size = 0;
       for (std::int64_t k = 0; k < m.cols; ++k) {
-        const double product = w[static_cast<std::size_t>(r * m.cols + k)] * v[static_cast<std::size_t>(k)];
+        const double exact = w[static_cast<std::size_t>(r * m.cols + k)];
+        const double product = (coarse ? bfloat16(exact) : exact) * v[static_cast<std::size_t>(k)];
         want += product, size += std::fabs(product);
       }
-      good &= std::fabs(got - want) <= 2e-6 * size + 1e-6;
+      good &= std::fabs(got - want) <= tolerance * size + 1e-6;
     }
   }
   if (!good)

@@ -79,7 +79,7 @@ class Attention final : public Op {
 
   static std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
 
-  std::int64_t max_rows() const { return tile_tokens_ * group_; }
+  std::int64_t max_rows() const { return padded(tile_tokens_ * group_); }
   std::int64_t partial_size() const { return max_rows() * (pool_.value_stride + 2); }
 
   Partial partial(float* base) const {
@@ -88,7 +88,7 @@ class Attention final : public Op {
   }
 
   Scratch scratch(float* base) const {
-    const std::int64_t scores = std::max<std::int64_t>(max_rows(), 4) * q_stride_;
+    const std::int64_t scores = max_rows() * q_stride_;
     const std::int64_t sum = scores + max_rows() * blocks_per_pass_ * pool_.key_stride;
     const std::int64_t size = sum + 2 * partial_size();
     if (base == nullptr) return {nullptr, nullptr, {}, {}, size};

@@ -9,7 +9,7 @@ namespace {
 
 // Tokens that meet all matrices before the next ones do: more, and what they read and write leaves the caches between two
 // tiles.
-constexpr std::int64_t slice_tokens = 512;
+constexpr std::int64_t slice_tokens = 512, unit = Activations::together;
 
 class BatchMatvec final : public Op {
  public:
@@ -44,8 +44,9 @@ class BatchMatvec final : public Op {
       tiles_.add(part.matrix.rows, tile_rows(part.matrix, count / slices, total_rows_, machine.pool.size()));
     }
     machine.pool.run(slices * tiles_.size(), [&](std::int64_t i, int) {
-      const std::int64_t slice = i / tiles_.size(), first = count * slice / slices;
-      compute(step, tiles_[i % tiles_.size()], first, count * (slice + 1) / slices - first);
+      const std::int64_t slice = i / tiles_.size();
+      const auto first = [&](std::int64_t s) { return s == slices ? count : count * s / slices / unit * unit; };
+      compute(step, tiles_[i % tiles_.size()], first(slice), first(slice + 1) - first(slice));
     });
   }
 
@@ -54,7 +55,7 @@ class BatchMatvec final : public Op {
   void compute(const Step& step, const Tile& tile, std::int64_t first, std::int64_t count) const {
     const auto& [matrix, bias] = parts_[tile.part];
     const Value& out = outs_[tile.part];
-    matmul_rows(context_.machine.isa, matrix, ready_, order_.data() + first, count, tile.begin, tile.end,
+    matmul_rows(matrix, ready_, order_.data() + first, count, tile.begin, tile.end,
                 step.row(out, first), out.dim);
     if (bias.empty()) return;
     for (std::int64_t i = first; i < first + count; ++i) {

@@ -34,14 +34,16 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> matmul(const Weight& weight, const In
   for (std::int64_t i = 0; index && i < count; ++i)
     if (index->data()[i] < 0 || index->data()[i] >= tokens) throw std::invalid_argument("index outside of x");
 
-  Activations ready(tokens, cols);
+  Activations ready(isa, tokens, cols);
   ready.serve(stack);
-  for (std::int64_t i = 0; i < tokens; ++i) ready.prepare(isa, i, x.data() + i * cols, cols);
+  ready.begin(tokens);
+  for (std::int64_t i = 0; i < tokens; ++i) ready.prepare(i, x.data() + i * cols, cols);
+  ready.line_up(0, tokens, cols);
   const auto size = static_cast<std::size_t>(count * stack.rows);
   float* y = new float[size];
   nb::capsule owner(y, [](void* memory) noexcept { delete[] static_cast<float*>(memory); });
   std::fill_n(y, size, std::numeric_limits<float>::quiet_NaN());
-  matmul_rows(isa, stack.expert(expert), ready, index ? index->data() : nullptr, count, row_begin, row_end, y, stack.rows);
+  matmul_rows(stack.expert(expert), ready, index ? index->data() : nullptr, count, row_begin, row_end, y, stack.rows);
   return {y, {static_cast<std::size_t>(count), static_cast<std::size_t>(stack.rows)}, owner};
 }
 

@@ -10,37 +10,18 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "tensor.h"
+#include "product.h"
 
 namespace mixbit {
 
 // A row of activations is codes, then factors and sums of the groups, then codes and factors of the rests, zero where
 // there are none, then a mask of the groups that have one, in words of 64.
-struct Int8Args {
-  const std::byte* weight;
-  const std::byte* scales;
-  const std::byte* biases;
-  DType dtype;  // of scales and biases
-  int bits;
-  std::int64_t group_size;
-  std::int64_t groups;
-  std::int64_t row_bytes;
-
-  const std::byte* x;
-  std::int64_t x_stride;  // bytes, as the offsets
-  std::int64_t factors;
-  std::int64_t sums;  // of both codes, each times its factor
+struct Int8Args : ProductArgs {
+  std::int64_t factors;  // bytes from the beginning of a row, as the other offsets
+  std::int64_t sums;     // of both codes, each times its factor
   std::int64_t rest;
   std::int64_t rest_factors;
   std::int64_t mask;
-  const std::int32_t* index;  // null: rows of x in order
-  std::int64_t count;
-
-  std::int64_t row_begin;
-  std::int64_t row_end;
-  float* y;
-  std::int64_t y_stride;
-  const std::byte* next;  // the codes that the thread reads after these rows, which it fetches near their end
 };
 
 // One row to be quantized. Groups beyond the last get zeros, up to a multiple of 16 groups and of 128 codes. A group has
@@ -68,7 +49,6 @@ extern const Int8Kernels portable_int8;
 #if defined(__x86_64__)
 extern const Int8Kernels avx2_int8;
 extern const Int8Kernels avx512_int8;
-extern const Int8Kernels amx_int8;
 #elif defined(__aarch64__)
 extern const Int8Kernels neon_int8;
 #endif

@@ -3,7 +3,8 @@
 
 #include <cstring>
 
-#include "int8_quantize.h"
+#include "int8.h"
+#include "int8_vectors.h"
 
 namespace mixbit {
 namespace {
@@ -15,18 +16,19 @@ using Pointer = const std::byte*;
 constexpr int tile_rows = 4 * L;   // rows whose codes the micro-kernel reads together; also groups of a block of scales
 constexpr int piece_codes = 8 * tile_rows * 4;  // bytes of a piece of every row of the tile
 
-constexpr Index fetched_ahead = 30000;  // bytes: the memory's delay at its full rate, several times
+// Bytes: the memory's delay, several times; where a few tokens meet each weight, it is read at its full rate.
+constexpr Index far_ahead = 30000, near_ahead = 8000;
 
 // Where the codes are that come so far after those at `from`, in the order of reading.
-inline const std::byte* ahead_of(const Int8Args& args, const std::byte* from) {
-  const std::byte *place = from + fetched_ahead, *end = args.weight + args.row_end * args.row_bytes;
+inline const std::byte* ahead_of(const ProductArgs& args, const std::byte* from, Index distance) {
+  const std::byte *place = from + distance, *end = args.weight + args.row_end * args.row_bytes;
   return place < end ? place : args.next + (place - end);
 }
 
 // Asks for the scales and biases of `rows` rows as far ahead: streams too thin for the processor to look ahead in.
-inline void fetch_scales(const Int8Args& args, Index row, Index rows) {
+inline void fetch_scales(const ProductArgs& args, Index row, Index rows, Index distance) {
   const Index bytes = args.groups * (args.dtype == DType::f32 ? 4 : 2);
-  const Index first = (row + fetched_ahead / args.row_bytes) * bytes;
+  const Index first = (row + distance / args.row_bytes) * bytes;
   for (Index line = first; line < first + rows * bytes; line += 64) {
     __builtin_prefetch(args.scales + line, 0, 2);
     __builtin_prefetch(args.biases + line, 0, 2);
@@ -38,7 +40,7 @@ constexpr int chunk_groups = G == 128 ? 16 : 1024 / G;
 
 constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
 
-const std::byte* token(const Int8Args& args, Index i) {
+const std::byte* token(const ProductArgs& args, Index i) {
   return args.x + (args.index != nullptr ? args.index[i] : i) * args.x_stride;
 }
 
@@ -89,7 +91,7 @@ template <DType type, class W = V>
 
 // Scales and biases of groups [first, first + count) of R rows.
 template <int bits, DType type, int R>
-[[gnu::always_inline]] inline void load_block_part(const Int8Args& args, const Index (&rows)[R], Index first, Index count,
+[[gnu::always_inline]] inline void load_block_part(const ProductArgs& args, const Index (&rows)[R], Index first, Index count,
                                                    Float (&scales)[R], Float (&biases)[R]) {
   constexpr int size = type == DType::f32 ? 4 : 2;
 #pragma GCC unroll 16
@@ -103,7 +105,7 @@ template <int bits, DType type, int R>
 
 // Those of groups [first, first + 4 L), zero where there are none.
 template <int bits, DType type, int R>
-[[gnu::always_inline]] inline void load_block_rows(const Int8Args& args, const Index (&rows)[R], Index first,
+[[gnu::always_inline]] inline void load_block_rows(const ProductArgs& args, const Index (&rows)[R], Index first,
                                                    Float (&scales)[R], Float (&biases)[R]) {
   const Index count = args.groups - first;
   if (count >= tile_rows) return load_block_part<bits, type>(args, rows, first, tile_rows, scales, biases);

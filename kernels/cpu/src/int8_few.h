@@ -85,7 +85,7 @@ void few_rows(const Int8Args& args, Index row) {
     load_chunk<bits, G>(args, rows, first, groups, scales, biases);
     Float sums[T], rests[T];
     for (int t = 0; t < T; ++t) sums[t] = rests[t] = V::floats(V::zero());
-    const Pointer ahead = ahead_of(args, args.weight + row * args.row_bytes + first * P * 16 * bits);
+    const Pointer ahead = ahead_of(args, args.weight + row * args.row_bytes + first * P * 16 * bits, far_ahead);
     for (Index at = 0; at < groups; at += L) {
       Int dots[T];
       const Index left = (groups - at) * P;

@@ -27,6 +27,7 @@
 // without a rest where another has one adds zeros. So a token's result does not depend on its company.
 #include "int8_few.h"
 #include "int8_many.h"
+#include "int8_quantize.h"
 
 namespace mixbit {
 namespace {
@@ -44,4 +45,4 @@ void matmul_of(const Int8Args& args) {
 }  // namespace
 }  // namespace mixbit
 
-#include "int8_dispatch.h"
+#include "product_dispatch.h"

@@ -205,9 +205,9 @@ void many_slice(const Int8Args& args, Index begin, Index end) {
         for (int r = 0; r < tile_rows; ++r) rows[r] = smaller(row + n * tile_rows + r, args.row_end - 1);
         fill<bits, G>(args, rows, first, groups, tile[n]);
       }
-      if (begin == 0 && first == 0) fetch_scales(args, row, filled * tile_rows);
+      if (begin == 0 && first == 0) fetch_scales(args, row, filled * tile_rows, near_ahead);
       constexpr Index of_tile = tile_rows * (G * bits / 8);  // bytes of a group
-      const Pointer ahead = ahead_of(args, args.weight + row * args.row_bytes + first * filled * of_tile);
+      const Pointer ahead = ahead_of(args, args.weight + row * args.row_bytes + first * filled * of_tile, near_ahead);
       for (Index block = 0; block < blocks; ++block) {
         const Index fetched = block == 0 ? of_tile : 0, from = part(block), count = part(block + 1) - from;
         Index n = 0;

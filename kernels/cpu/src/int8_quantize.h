@@ -1,33 +1,9 @@
 // Activations rounded to int8, for the including int8_*.cpp; L is the number of lanes of its registers.
-#include <cstring>
-
 #include "int8.h"
+#include "int8_vectors.h"
 
 namespace mixbit {
 namespace {
-
-using Index = std::int64_t;
-
-constexpr int L = V::lanes;
-constexpr int piece = 32;  // columns: the smallest group, and the part of a row in a lane
-
-template <class T, int n>
-struct VectorOf {
-  typedef T Type __attribute__((vector_size(n * sizeof(T))));
-};
-template <class T, int n>
-using Vector = typename VectorOf<T, n>::Type;
-
-constexpr int width = 4 * L;
-using Floats = Vector<float, width>;
-using Ints = Vector<std::int32_t, width>;
-
-template <class T>
-inline T read_as(const void* p) {
-  T value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
 
 // f over the values of v, halves at a time.
 template <class T, int n, class F>

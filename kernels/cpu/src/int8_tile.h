@@ -14,8 +14,10 @@ struct Tile {
   alignas(64) float biases[(chunk_groups<G> + tile_rows) * tile_rows];
 };
 
-template <int bits, int G, DType type>
-void fill_scales(const Int8Args& args, const Index (&rows)[tile_rows], Index first, Index groups, Tile<G>& tile) {
+// Scales and biases of groups [first, first + groups), turned: [group][row], whole blocks of 4 L groups.
+template <int bits, DType type>
+void fill_scales(const ProductArgs& args, const Index (&rows)[tile_rows], Index first, Index groups, float* scales,
+                 float* biases) {
   for (Index at = 0; at < groups; at += tile_rows) {
     Float of_rows[2][tile_rows];
     load_block_rows<bits, type>(args, rows, first + at, of_rows[0], of_rows[1]);
@@ -23,20 +25,26 @@ void fill_scales(const Int8Args& args, const Index (&rows)[tile_rows], Index fir
       Int m[tile_rows];
       for (int r = 0; r < tile_rows; ++r) m[r] = V::bits(of_rows[kind][r]);
       V::transpose(m);
-      float* to = (kind == 0 ? tile.scales : tile.biases) + at * tile_rows;
+      float* to = (kind == 0 ? scales : biases) + at * tile_rows;
       for (int g = 0; g < tile_rows; ++g) V::store(to + g * tile_rows, V::floats(m[g]));
     }
   }
 }
 
-template <int bits, int G>
-void fill(const Int8Args& args, const Index (&rows)[tile_rows], Index first, Index groups, Tile<G>& tile) {
-  constexpr int P = G / piece;
+template <int bits>
+void fill_scales(const ProductArgs& args, const Index (&rows)[tile_rows], Index first, Index groups, float* scales,
+                 float* biases) {
   switch (args.dtype) {
-    case DType::f16: fill_scales<bits, G, DType::f16>(args, rows, first, groups, tile); break;
-    case DType::bf16: fill_scales<bits, G, DType::bf16>(args, rows, first, groups, tile); break;
-    default: fill_scales<bits, G, DType::f32>(args, rows, first, groups, tile);
+    case DType::f16: return fill_scales<bits, DType::f16>(args, rows, first, groups, scales, biases);
+    case DType::bf16: return fill_scales<bits, DType::bf16>(args, rows, first, groups, scales, biases);
+    default: return fill_scales<bits, DType::f32>(args, rows, first, groups, scales, biases);
   }
+}
+
+template <int bits, int G>
+void fill(const ProductArgs& args, const Index (&rows)[tile_rows], Index first, Index groups, Tile<G>& tile) {
+  constexpr int P = G / piece;
+  fill_scales<bits>(args, rows, first, groups, tile.scales, tile.biases);
   const Index pieces = groups * P;
   for (Index at = 0; at < pieces; at += L) {
     const int present = static_cast<int>(smaller(L, pieces - at));
@@ -77,7 +85,7 @@ struct Ahead {
 
 // Sums of token i and rows [row, row + 4 L), as far as there are such rows; from the second chunk on they are added to
 // what is there.
-inline void store_sums(const Int8Args& args, Index i, Index row, bool first_chunk, Float sums) {
+inline void store_sums(const ProductArgs& args, Index i, Index row, bool first_chunk, Float sums) {
   float* y = args.y + i * args.y_stride + row;
   const Index valid = args.row_end - row;
   if (valid >= tile_rows) return V::store(y, first_chunk ? sums : V::add(V::load(y), sums));

@@ -59,8 +59,9 @@ Features detect() {
   const bool f = bit(b, 16), dq = bit(b, 17), bw = bit(b, 30), vl = bit(b, 31);
   const bool vbmi = bit(c, 1), vnni = bit(c, 11);
   found.avx512 = found.avx2 && zmm && f && dq && bw && vl && vbmi && vnni;
-  const bool tiles = (saved & 0x60000) == 0x60000 && bit(d, 24) && bit(d, 25);  // with int8 products
-  found.amx = found.avx512 && tiles && tiles_allowed();
+  const bool tiles = (saved & 0x60000) == 0x60000 && bit(d, 22) && bit(d, 24);  // with products of bfloat16
+  const bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);        // in AVX-512
+  found.amx = found.avx512 && bf16 && tiles && tiles_allowed();
   return found;
 }
 

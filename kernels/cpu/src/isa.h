@@ -7,7 +7,7 @@
 namespace mixbit {
 
 // avx2 includes FMA and F16C; avx512 is F, BW, DQ, VL, VNNI and VBMI (Ice Lake, Zen 4 and later); amx is
-// that with tile registers for int8 (Sapphire Rapids and later, Linux);
+// that with bfloat16, also in tile registers (Sapphire Rapids and later, Linux);
 // neon includes the dot product of Armv8.2. Processors with less run the portable kernels, which
 // the compiler turns into SSE2 or plain NEON.
 enum class Isa : std::uint8_t { portable, avx2, avx512, amx, neon };

@@ -7,12 +7,20 @@
 
 namespace mixbit {
 
-// x[0 : rows], contiguous rows of dim values, made ready as rows [0, rows) of `ready`.
-inline void prepare_rows(Machine& machine, Activations& ready, const float* x, std::int64_t rows, std::int64_t dim) {
+// x[0 : rows], contiguous rows of dim values, made ready as rows [0, rows) of `ready`. meeting: see Activations.
+inline void prepare_rows(Machine& machine, Activations& ready, const float* x, std::int64_t rows, std::int64_t dim,
+                         std::int64_t meeting) {
   constexpr std::int64_t grain_values = 2048;  // a microsecond or two: worth a claim
-  machine.pool.run_ranges(rows, std::max<std::int64_t>(1, grain_values / dim), [&](auto begin, auto end, int) {
-    for (auto i = begin; i < end; ++i) ready.prepare(machine.isa, i, x + i * dim, dim);
+  ready.begin(meeting);
+  machine.pool.run_ranges(rows, ready.grain(grain_values / dim), [&](auto begin, auto end, int) {
+    for (auto i = begin; i < end; ++i) ready.prepare(i, x + i * dim, dim);
+    ready.line_up(begin, end, dim);
   });
+}
+
+// Where all rows meet each weight.
+inline void prepare_rows(Machine& machine, Activations& ready, const float* x, std::int64_t rows, std::int64_t dim) {
+  prepare_rows(machine, ready, x, rows, dim, rows);
 }
 
 // Makes room for what a feed-forward reads.
@@ -28,8 +36,8 @@ inline void swiglu_rows(const Machine& machine, const MlpWeights& w, const Activ
                         std::int64_t count, std::int64_t begin, std::int64_t end, float* hidden, std::int64_t stride,
                         float* scratch, const std::byte* next) {
   const std::int64_t width = end - begin;
-  matmul_rows(machine.isa, w.gate, x, index, count, begin, end, hidden, stride, w.up.row(begin));
-  matmul_rows(machine.isa, w.up, x, index, count, begin, end, scratch - begin, width, next);
+  matmul_rows(w.gate, x, index, count, begin, end, hidden, stride, w.up.row(begin));
+  matmul_rows(w.up, x, index, count, begin, end, scratch - begin, width, next);
   for (std::int64_t i = 0; i < count; ++i) {
     float* y = hidden + i * stride + begin;
     machine.ops.silu_mul(y, scratch + i * width, width, y);

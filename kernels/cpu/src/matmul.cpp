@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "bf16.h"
 #include "int8.h"
 #include "kernels.h"
 
@@ -32,14 +33,25 @@ const Int8Kernels& int8_kernels(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::avx2: return avx2_int8;
-    case Isa::avx512: return avx512_int8;
-    case Isa::amx: return amx_int8;
+    case Isa::avx512:
+    case Isa::amx: return avx512_int8;
 #elif defined(__aarch64__)
     case Isa::neon: return neon_int8;
 #endif
     default: return portable_int8;
   }
 }
+
+// Null: none.
+const Bf16Kernels* bf16_kernels(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::amx) return &amx_bf16;
+#endif
+  return nullptr;
+}
+
+// Where so many rows meet each weight they are faster: what they do for a weight, int8 does for each row.
+constexpr std::int64_t bf16_least = 8;
 
 MatmulArgs weight_args(const Matrix& w) {
   MatmulArgs args{};
@@ -60,7 +72,7 @@ MatmulArgs weight_args(const Matrix& w) {
 // Strides are odd multiples of a cache line or so: rows that lie a power of two apart would all fall
 // into the same few sets of a cache.
 void Activations::serve(const Matrix& w) {
-  if (!w.takes_int8()) {
+  if (!w.rounds_inputs()) {
     if (exact_) return;
     const std::int64_t part = round_up(max_dim_, 512) / 32;  // room for the sums of groups of 32
     exact_ = {round_up(max_dim_, 32) + 16, round_up(2 * part + 32, 16), {}, {}};
@@ -68,6 +80,7 @@ void Activations::serve(const Matrix& w) {
     exact_->sums = Buffer<float>(max_rows_ * exact_->sum_stride);
     return;
   }
+  if (bf16_kernels(isa_) != nullptr) serve_bf16(interleaved(w.bits), w.precision == Precision::fine);
   if (int8_for(w)) return;
   const std::int64_t codes = round_up(max_dim_, 128), groups = round_up(codes / w.group_size, 16);
   Int8 form{w.group_size, interleaved(w.bits), spread_of(w.precision), 0, 0, 0, 0, 0, 0, {}};
@@ -81,6 +94,22 @@ void Activations::serve(const Matrix& w) {
   int8_.push_back(std::move(form));
 }
 
+void Activations::serve_bf16(bool interleaved, bool fine) {
+  const auto form = std::find_if(bf16_.begin(), bf16_.end(), [=](const Bf16& each) { return each.interleaved == interleaved; });
+  if (form != bf16_.end() && form->fine >= fine) return;
+  const std::int64_t planes = fine ? 2 : 1, rest = 2 * round_up(max_dim_, 64), stride = (planes * rest) / 128 * 128 + 192;
+  static_assert(together == panel_rows);
+  Bf16 made{interleaved, fine, rest, stride, planes * rest * panel_rows, {}, {}};
+  made.rows = Buffer<std::byte>(max_rows_ * stride);
+  made.panels = Buffer<std::byte>(round_up(max_rows_, panel_rows) / panel_rows * made.panel_stride);
+  if (form == bf16_.end()) bf16_.push_back(std::move(made));
+  else *form = std::move(made);
+}
+
+const Activations::Bf16& Activations::bf16_for(const Matrix& w) const {
+  return bf16_.front().interleaved == interleaved(w.bits) ? bf16_.front() : bf16_.back();
+}
+
 Activations::Int8* Activations::int8_for(const Matrix& w) {
   const auto found = std::find_if(int8_.begin(), int8_.end(), [&](const Int8& form) {
     return form.group_size == w.group_size && form.interleaved == interleaved(w.bits) &&
@@ -92,18 +121,45 @@ Activations::Int8* Activations::int8_for(const Matrix& w) {
 std::int64_t Activations::bytes() const {
   std::int64_t bytes = exact_ ? (exact_->values.size() + exact_->sums.size()) * std::int64_t{sizeof(float)} : 0;
   for (const Int8& form : int8_) bytes += form.rows.size();
+  for (const Bf16& form : bf16_) bytes += form.rows.size() + form.panels.size();
   return bytes;
 }
 
-void Activations::prepare(Isa isa, std::int64_t row, const float* x, std::int64_t dim) {
-  if (exact_) prepare_exact(row, x, dim);
-  for (const Int8& form : int8_) prepare_int8(form, isa, row, x, dim);
+void Activations::begin(std::int64_t meeting) { many_ = !bf16_.empty() && meeting >= bf16_least; }
+
+std::int64_t Activations::grain(std::int64_t wanted) const {
+  return round_up(std::max<std::int64_t>(1, wanted), many_ ? panel_rows : 1);
 }
 
-void Activations::prepare_int8(const Int8& form, Isa isa, std::int64_t row, const float* x, std::int64_t dim) {
+void Activations::prepare(std::int64_t row, const float* x, std::int64_t dim) {
+  if (exact_) prepare_exact(row, x, dim);
+  if (many_) {
+    for (const Bf16& form : bf16_) {
+      std::byte* to = form.rows.data() + row * form.stride;
+      bf16_kernels(isa_)->narrow(x, dim, form.interleaved, to, form.fine ? to + form.rest : nullptr);
+    }
+    return;
+  }
+  for (const Int8& form : int8_) prepare_int8(form, row, x, dim);
+}
+
+void Activations::line_up(std::int64_t begin, std::int64_t end, std::int64_t dim) {
+  if (!many_) return;
+  for (const Bf16& form : bf16_) {
+    for (std::int64_t row = begin; row < end; row += panel_rows) {
+      std::byte* panel = form.panels.data() + row / panel_rows * form.panel_stride;
+      const std::byte* from = form.rows.data() + row * form.stride;
+      for (int plane = 0; plane <= form.fine; ++plane)
+        bf16_kernels(isa_)->turn(from + plane * form.rest, form.stride, std::min(panel_rows, end - row), dim,
+                                 panel + plane * panel_rows * form.rest);
+    }
+  }
+}
+
+void Activations::prepare_int8(const Int8& form, std::int64_t row, const float* x, std::int64_t dim) {
   std::byte* to = form.rows.data() + row * form.stride;
   const auto floats = [&](std::int64_t offset) { return reinterpret_cast<float*>(to + offset); };
-  int8_kernels(isa).quantize({x, dim, form.group_size, form.interleaved, form.spread, to, floats(form.factors),
+  int8_kernels(isa_).quantize({x, dim, form.group_size, form.interleaved, form.spread, to, floats(form.factors),
                               floats(form.sums), to + form.rest, floats(form.rest_factors),
                               reinterpret_cast<std::uint64_t*>(to + form.mask)});
 }
@@ -137,17 +193,22 @@ void Activations::prepare_exact(std::int64_t row, const float* x, std::int64_t d
   }
 }
 
-void matmul_rows(Isa isa, const Matrix& w, const Activations& x, const std::int32_t* index,
+void matmul_rows(const Matrix& w, const Activations& x, const std::int32_t* index,
                  std::int64_t count, std::int64_t row_begin, std::int64_t row_end, float* y,
                  std::int64_t y_stride, const std::byte* next) {
   if (count <= 0 || row_begin >= row_end) return;
-  if (w.takes_int8()) {
+  if (w.rounds_inputs()) {
+    ProductArgs product{w.weight, w.scales, w.biases, w.dtype, w.bits, w.group_size, w.groups(), w.row_bytes(), nullptr, 0,
+                        index, count, row_begin, row_end, y, y_stride, next != nullptr ? next : w.row(row_end)};
+    if (x.many_) {
+      const Activations::Bf16& form = x.bf16_for(w);
+      product.x = form.rows.data(), product.x_stride = form.stride;
+      return bf16_kernels(x.isa_)->matmul({product, form.panels.data(), form.panel_stride, form.rest,
+                                           w.precision == Precision::fine});
+    }
     const Activations::Int8& form = *x.int8_for(w);
-    int8_kernels(isa).matmul({w.weight, w.scales, w.biases, w.dtype, w.bits, w.group_size, w.groups(), w.row_bytes(),
-                              form.rows.data(), form.stride, form.factors, form.sums, form.rest, form.rest_factors,
-                              form.mask, index, count, row_begin, row_end, y, y_stride,
-                              next != nullptr ? next : w.row(row_end)});
-    return;
+    product.x = form.rows.data(), product.x_stride = form.stride;
+    return int8_kernels(x.isa_).matmul({product, form.factors, form.sums, form.rest, form.rest_factors, form.mask});
   }
   MatmulArgs args = weight_args(w);
   const Activations::Exact& form = *x.exact_;
@@ -161,14 +222,14 @@ void matmul_rows(Isa isa, const Matrix& w, const Activations& x, const std::int3
   args.row_end = row_end;
   args.y = y;
   args.y_stride = y_stride;
-  kernels(isa).matmul(args);
+  kernels(x.isa_).matmul(args);
 }
 
 std::int64_t preferred_tile(const Matrix& w, std::int64_t count) {
-  const bool int8 = w.takes_int8(), many = count >= 32;
-  const std::int64_t row_step = int8 && many ? 32 : 16;  // rows the kernels unpack together
+  const bool rounded = w.rounds_inputs(), many = count >= 32;
+  const std::int64_t row_step = rounded && many ? 32 : 16;  // rows the kernels unpack together
   // From four on, the int8 kernels go over all rows of x first, in each call.
-  const std::int64_t least = !int8 || count < 4 ? row_step : many ? 128 : 64;
+  const std::int64_t least = !rounded || count < 4 ? row_step : many ? 128 : 64;
   constexpr std::int64_t work = 1 << 18;  // multiplications; some ten microseconds of one core
   const std::int64_t per_row = std::max<std::int64_t>(1, w.cols * std::max<std::int64_t>(count, 1));
   return std::clamp(round_up(work / per_row, row_step), least, std::int64_t{256});

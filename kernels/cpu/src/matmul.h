@@ -11,24 +11,37 @@
 
 namespace mixbit {
 
-// Rows of activations made ready for the kernels, in each form that the matrices they meet ask for: float32 with the
-// sum over each group of 32, 64 and 128 columns (for the bias term), or int8 for one group size, order of codes and
-// share of groups that are rounded twice.
-// `serve` is called for each such matrix first, then rows are prepared, from any thread.
+// Rows of activations made ready for the kernels of `isa`, in each form that the matrices they meet ask for: float32 with
+// the sum over each group of 32, 64 and 128 columns (for the bias term), or int8 for one group size, order of codes and
+// share of groups that are rounded twice; or bfloat16.
+// `serve` is called for each such matrix first; then, each time, `begin`, and rows are prepared, from any thread.
 class Activations {
  public:
-  Activations(std::int64_t max_rows, std::int64_t max_dim) : max_rows_(max_rows), max_dim_(max_dim) {}
+  Activations(Isa isa, std::int64_t max_rows, std::int64_t max_dim) : isa_(isa), max_rows_(max_rows), max_dim_(max_dim) {}
 
   // Makes room for what the kernels of `w` read.
   void serve(const Matrix& w);
 
+  // Rows follow of which `meeting` meet each weight, or so. Where these are many, rounded rows are bfloat16, if the
+  // instruction set has products of it.
+  void begin(std::int64_t meeting);
+
   // Takes x[0 : dim] in as row `row`. Rows may be prepared concurrently. All rows share one dim.
-  void prepare(Isa isa, std::int64_t row, const float* x, std::int64_t dim);
+  void prepare(std::int64_t row, const float* x, std::int64_t dim);
+
+  // Rows [begin, end) are prepared, and will be multiplied in order. begin is a multiple of `grain`.
+  void line_up(std::int64_t begin, std::int64_t end, std::int64_t dim);
+
+  // Rows that are prepared at a time: `wanted` or so.
+  std::int64_t grain(std::int64_t wanted) const;
+
+  // What is multiplied in order may begin at multiples of this.
+  static constexpr std::int64_t together = 16;
 
   std::int64_t bytes() const;
 
  private:
-  friend void matmul_rows(Isa, const Matrix&, const Activations&, const std::int32_t*, std::int64_t, std::int64_t,
+  friend void matmul_rows(const Matrix&, const Activations&, const std::int32_t*, std::int64_t, std::int64_t,
                           std::int64_t, float*, std::int64_t, const std::byte*);
 
   // Rows of `stride` values, zero from dim up to the next multiple of 32; rows of sums, a part for each group size,
@@ -46,23 +59,35 @@ class Activations {
     std::int64_t factors, sums, rest, rest_factors, mask, stride;
     Buffer<std::byte> rows;
   };
+  // Rows and panels as bf16.h lays them out. fine: with rests.
+  struct Bf16 {
+    bool interleaved, fine;
+    std::int64_t rest, stride, panel_stride;
+    Buffer<std::byte> rows, panels;
+  };
 
+  void serve_bf16(bool interleaved, bool fine);
   void prepare_exact(std::int64_t row, const float* x, std::int64_t dim);
-  void prepare_int8(const Int8& form, Isa isa, std::int64_t row, const float* x, std::int64_t dim);
+  void prepare_int8(const Int8& form, std::int64_t row, const float* x, std::int64_t dim);
+  const Bf16& bf16_for(const Matrix& w) const;
   Int8* int8_for(const Matrix& w);
   const Int8* int8_for(const Matrix& w) const { return const_cast<Activations*>(this)->int8_for(w); }
 
+  Isa isa_;
   std::int64_t max_rows_, max_dim_;
   std::optional<Exact> exact_;
   std::vector<Int8> int8_;
+  std::vector<Bf16> bf16_;
+  bool many_ = false;
 };
 
 // y[i * y_stride + r] = dot(w row r, x row i') for r in [row_begin, row_end), i in [0, count), where
 // i' = index ? index[i] : i. Accumulates in float32. `w` is a single matrix (take Matrix::expert first), which x
-// serves; x was prepared with w.cols values. Where w.takes_int8(), x is as quantized and a row of y is the same
-// whatever the other rows are. Called from many threads at once, on disjoint rows; the tile size
+// serves; x was prepared with w.cols values. Where w.rounds_inputs(), a row of y is the same whatever the other rows are,
+// in the form that x has; with index null, or in order from a multiple of Activations::together on, those are lined up.
+// Called from many threads at once, on disjoint rows; the tile size
 // is the caller's (see preferred_tile). next: the weights that the thread will read then, a hint; null: the next rows.
-void matmul_rows(Isa isa, const Matrix& w, const Activations& x, const std::int32_t* index,
+void matmul_rows(const Matrix& w, const Activations& x, const std::int32_t* index,
                  std::int64_t count, std::int64_t row_begin, std::int64_t row_end, float* y,
                  std::int64_t y_stride, const std::byte* next = nullptr);
 

@@ -44,7 +44,7 @@ class Mlp final : public Op {
 
     prepare_rows(machine, hidden_, hidden, count, width_);
     machine.pool.run_ranges(out_.dim, down_tile, [&](auto begin, auto end, int) {
-      matmul_rows(machine.isa, weights_.down, hidden_, nullptr, count, begin, end, step.row(out_, 0), out_.dim);
+      matmul_rows(weights_.down, hidden_, nullptr, count, begin, end, step.row(out_, 0), out_.dim);
     });
   }
 

@@ -67,7 +67,9 @@ class Moe final : public Op {
     const std::int64_t count = step.rows(x_);
     if (count == 0) return;
     const Buffers b = buffers(context_.workspace.shared(), count);
-    prepare_rows(context_.machine, ready_, step.row(x_, 0), count, x_.dim);
+    const std::int64_t meeting = count * weights_.top_k / experts_;  // of an expert's weights, in the mean
+    prepare_rows(context_.machine, ready_, step.row(x_, 0), count, x_.dim, meeting);
+    hidden_.begin(meeting);
     if (weights_.store) {
       streamed(step, b, count);
       return;
@@ -153,10 +155,10 @@ class Moe final : public Op {
       const Tile tile = tiles_[i];
       switch (parts[tile.part]) {
         case of_router:
-          matmul_rows(machine.isa, weights_.router, ready_, nullptr, count, tile.begin, tile.end, b.logits, experts_);
+          matmul_rows(weights_.router, ready_, nullptr, count, tile.begin, tile.end, b.logits, experts_);
           break;
         case of_gate:
-          matmul_rows(machine.isa, *weights_.shared_gate, ready_, nullptr, count, 0, 1, b.shared_gate, 1);
+          matmul_rows(*weights_.shared_gate, ready_, nullptr, count, 0, 1, b.shared_gate, 1);
           break;
         case of_shared:
           swiglu_rows(machine, *weights_.shared, ready_, nullptr, count, tile.begin, tile.end, b.shared_hidden,
@@ -213,7 +215,7 @@ class Moe final : public Op {
     context_.machine.pool.run_ranges(static_cast<std::int64_t>(pairs_.size()), grain, [&](auto begin, auto end, int) {
       for (auto i = begin; i < end; ++i) {
         const std::int64_t pair = pairs_[static_cast<std::size_t>(i)];
-        hidden_.prepare(context_.machine.isa, pair, b.hidden + pair * width_, width_);
+        hidden_.prepare(pair, b.hidden + pair * width_, width_);
       }
     });
   }
@@ -244,14 +246,13 @@ class Moe final : public Op {
 
   // scratch: the tile of one expert's outputs, a row for each of its pairs.
   void down_tile(const Step& step, std::size_t place, const Tile& tile, float* scratch) const {
-    const Machine& machine = context_.machine;
     const std::int64_t width = tile.end - tile.begin;
     const auto& [e, first, pairs] = group(place);
     const bool last = place + 1 == wave_weights_.size();
     const std::byte* next = !last             ? wave_weights_[place + 1].down.row(tile.begin)
                             : weights_.shared ? weights_.shared->down.row(tile.begin)
                                               : wave_weights_.front().down.row(tile.end);
-    matmul_rows(machine.isa, wave_weights_[place].down, hidden_, grouping_.pairs() + first, pairs, tile.begin, tile.end,
+    matmul_rows(wave_weights_[place].down, hidden_, grouping_.pairs() + first, pairs, tile.begin, tile.end,
                 scratch - tile.begin, width, next);
     add_outputs(step, grouping_.groups()[wave_[place]], tile, scratch, width);
   }
@@ -269,7 +270,7 @@ class Moe final : public Op {
     if (!weights_.shared) return;
     const Machine& machine = context_.machine;
     const std::int64_t width = tile.end - tile.begin;
-    matmul_rows(machine.isa, weights_.shared->down, *shared_hidden_, nullptr, count, tile.begin, tile.end,
+    matmul_rows(weights_.shared->down, *shared_hidden_, nullptr, count, tile.begin, tile.end,
                 scratch - tile.begin, width, wave_weights_.front().down.row(tile.end));
     for (std::int64_t t = 0; t < count; ++t) {
       const float factor = weights_.shared_gate ? 1 / (1 + std::exp(-b.shared_gate[t])) : 1;
@@ -288,7 +289,7 @@ class Moe final : public Op {
     machine.pool.run(tiles_.size(), [&](std::int64_t i, int) {
       const Tile tile = tiles_[i];
       const auto& [e, first, pairs] = group(tile.part);
-      matmul_rows(machine.isa, wave_weights_[tile.part].down, hidden_, grouping_.pairs() + first, pairs, tile.begin,
+      matmul_rows(wave_weights_[tile.part].down, hidden_, grouping_.pairs() + first, pairs, tile.begin,
                   tile.end, b.kept + first * out_.dim, out_.dim);
     });
   }

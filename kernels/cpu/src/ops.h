@@ -86,7 +86,7 @@ struct Context {
   Context(const Limits& limits, int threads, Isa isa)
       : limits(limits),
         machine(threads, isa),
-        workspace(machine.pool.size()),
+        workspace(machine.pool.size(), isa),
         blocks("block", limits.blocks),
         states("state slot", limits.state_slots) {}
 };

@@ -52,7 +52,7 @@ class ReadAhead final : public Op {
     prepare_rows(machine, ready_, normed_.data(), count, dim);
     machine.pool.run_ranges(experts, tile_rows(router_, count, experts, machine.pool.size()),
                             [&](auto begin, auto end, int) {
-                              matmul_rows(machine.isa, router_, ready_, nullptr, count, begin, end, logits_.data(), experts);
+                              matmul_rows(router_, ready_, nullptr, count, begin, end, logits_.data(), experts);
                             });
     for (std::int64_t t = 0; t < count; ++t) {
       route(machine.ops, logits_.data() + t * experts, experts, top_k_, false, chosen_.data() + t * top_k_,

@@ -14,7 +14,7 @@ namespace mixbit {
 // What is fixed when a program is compiled.
 struct Limits {
   std::int64_t max_tokens, blocks, block_size, state_slots;
-  Precision precision;  // fast: quantized matrices meet int8, keys and values are bfloat16
+  Precision precision;  // fast: quantized matrices meet rounded inputs, keys and values are bfloat16
 };
 
 struct Machine {

@@ -8,8 +8,8 @@ namespace mixbit {
 
 enum class DType : std::uint8_t { f32, f16, bf16 };
 
-// How a matrix is applied: to float32 activations, or where its codes allow to activations rounded to int8, groups with
-// large values twice; fine: all groups twice.
+// How a matrix is applied: to float32 activations, or where its codes allow to rounded ones, int8 or, of many rows,
+// bfloat16 (see int8.h and bf16.h); fine: what rounding leaves is always rounded too.
 enum class Precision : std::uint8_t { exact, fast, fine };
 
 constexpr std::int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
@@ -30,7 +30,7 @@ struct Matrix {
   std::int64_t experts = 1;
   Precision precision = Precision::exact;
 
-  bool takes_int8() const { return precision != Precision::exact && bits > 1; }
+  bool rounds_inputs() const { return precision != Precision::exact && bits > 1; }
   std::int64_t row_bytes() const { return bits == 0 ? cols * size_of(dtype) : cols * bits / 8; }
   const std::byte* row(std::int64_t r) const { return weight + r * row_bytes(); }
   std::int64_t groups() const { return bits == 0 ? 0 : cols / group_size; }

@@ -20,8 +20,8 @@ const VectorOps& vector_ops(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::avx2: return avx2_vector_ops;
-    case Isa::avx512:
-    case Isa::amx: return has_bf16_dot() ? avx512_bf16_vector_ops : avx512_vector_ops;
+    case Isa::avx512: return has_bf16_dot() ? avx512_bf16_vector_ops : avx512_vector_ops;
+    case Isa::amx: return amx_vector_ops;
 #elif defined(__aarch64__)
     case Isa::neon: return neon_vector_ops;
 #endif

@@ -14,7 +14,8 @@ constexpr std::int64_t padded(std::int64_t n) { return (n + lane_pad - 1) / lane
 // The upper half of a float32.
 using Bfloat16 = std::uint16_t;
 
-// A run of keys for a tile of queries of one KV head. Keys and values within a block: see KvPool.
+// A run of keys for a tile of queries of one KV head. Keys and values within a block: see KvPool. What has a row for each
+// query has room for whole tiles of 16.
 template <typename Storage>
 struct AttentionTile {
   const float* q;  // [rows, q_stride], times scale / ln 2; rows are (token, query head of the group); see pack_lefts
@@ -91,6 +92,7 @@ extern const VectorOps portable_vector_ops;
 extern const VectorOps avx2_vector_ops;
 extern const VectorOps avx512_vector_ops;
 extern const VectorOps avx512_bf16_vector_ops;  // with the dot product of bfloat16
+extern const VectorOps amx_vector_ops;
 #elif defined(__aarch64__)
 extern const VectorOps neon_vector_ops;
 #endif

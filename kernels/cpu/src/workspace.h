@@ -14,13 +14,13 @@ namespace mixbit {
 
 class Workspace {
  public:
-  explicit Workspace(int threads) : threads_(threads) {}
+  Workspace(int threads, Isa isa) : threads_(threads), isa_(isa) {}
 
   // Inputs of matrices: one object for each shape, shared by the ops that need that shape; and within an op, by what
   // differs in `use`, if it needs several at once.
   Activations& activations(std::int64_t rows, std::int64_t dim, int use = 0) {
     auto& slot = activations_[{rows, dim, use}];
-    if (!slot) slot = std::make_unique<Activations>(rows, dim);
+    if (!slot) slot = std::make_unique<Activations>(isa_, rows, dim);
     return *slot;
   }
 
@@ -43,6 +43,7 @@ class Workspace {
 
  private:
   int threads_;
+  Isa isa_;
   std::int64_t each_ = 0;
   Buffer<float> shared_;
   Buffer<float> own_;

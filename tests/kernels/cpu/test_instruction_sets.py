@@ -15,10 +15,11 @@ SOURCES = ROOT / "kernels" / "cpu" / "src"
 ZIG = (sys.executable, "-m", "ziglang", "c++", "-std=c++20", "-fno-math-errno", f"-I{SOURCES}")
 AVX2 = ("-target", "x86_64-linux-musl", "-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "vbmi")))
+BF16 = (*AVX512, "-mavx512bf16")
 NEON = ("-target", "aarch64-linux-musl", "-mcpu=generic+dotprod")
 UNITS = {
+    "bf16_amx": BF16,
     "int8_avx2": AVX2,
-    "int8_amx": (*AVX512, "-mamx-tile", "-mamx-int8"),
     "int8_avx512": AVX512,
     "int8_neon": NEON,
     "isa_avx2": AVX2,
@@ -26,7 +27,8 @@ UNITS = {
     "isa_neon": NEON,
     "vector_ops_avx2": AVX2,
     "vector_ops_avx512": AVX512,
-    "vector_ops_avx512_bf16": (*AVX512, "-mavx512bf16"),
+    "vector_ops_amx": BF16,
+    "vector_ops_avx512_bf16": BF16,
     "vector_ops_neon": NEON,
 }
 
@@ -65,11 +67,12 @@ def test_neon_under_emulation(tmp_path: Path) -> None:
         assert f"{isa}: 216 cases" in done.stdout
 
 
-def test_tile_registers_played_by_loops(tmp_path: Path) -> None:
-    program = tmp_path / "tmm_test"
-    source = ROOT / "tests" / "native" / "tmm_test.cpp"
+@pytest.mark.parametrize(("name", "cases"), [("tmm_test", 108), ("tile_attention_test", 60)])
+def test_tile_registers_played_by_loops(name: str, cases: int, tmp_path: Path) -> None:
+    program = tmp_path / name
+    source = ROOT / "tests" / "native" / f"{name}.cpp"
     flags = ["-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
     subprocess.run([*ZIG, *flags, str(source), "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "72 cases, 0 differ" in done.stdout
+    assert f"{cases} cases, 0 differ" in done.stdout

@@ -18,6 +18,7 @@ Array = npt.NDArray[Any]
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 TOKENS = (0, 1, 2, 3, 4, 5, 7, 8, 33, 130)
+MANY = 8  # rows: from here on AMX multiplies bfloat16
 DTYPES = {
     "f32": (np.float32, _cpu.DType.f32),
     "f16": (np.float16, _cpu.DType.f16),
@@ -129,13 +130,15 @@ def test_int8_is_the_product_of_rounded_inputs(precision: str, bits: int, group:
     seen: set[bool] = set()  # groups that are rounded twice, and others
     rng = np.random.default_rng([bits, group, 1])
     for count, shape in shapes(rng, group):
+        if isa == "amx" and count >= MANY:
+            continue
         stack = quantized(rng, bits, group, dtype, shape)
         x = (rng.normal(size=(count, shape[2])) * rng.lognormal(0, 2, (count, 1))).astype(np.float32)
         x[: count // 3, :group] = 0
         x[1:2] *= np.float32(1e-15)
         x[2::3, -group:] *= 8
         expert = int(rng.integers(shape[0]))
-        got = int8(stack, x, isa, expert, precision)
+        got = rounded_product(stack, x, isa, expert, precision)
         w, taken = stack.values[expert], taken_for(x, group, precision)
         if not count:
             continue
@@ -146,11 +149,35 @@ def test_int8_is_the_product_of_rounded_inputs(precision: str, bits: int, group:
         assert (np.abs(taken - x).reshape(grouped) <= bound).all()
         assert (np.abs(got - taken @ w.T) <= 1e-6 * (np.abs(taken) @ np.abs(w).T) + 1e-30).all()
         for row in {0, count // 2, count - 1}:
-            np.testing.assert_array_equal(int8(stack, x[row : row + 1], isa, expert, precision)[0], got[row])
+            np.testing.assert_array_equal(rounded_product(stack, x[row : row + 1], isa, expert, precision)[0], got[row])
     assert seen >= ({True} if precision == "fine" else {True, False})
 
 
-def int8(stack: Stack, x: npt.NDArray[np.float32], isa: str, expert: int, precision: str) -> npt.NDArray[np.float32]:
+@pytest.mark.skipif("amx" not in _cpu.supported_isas(), reason="needs a processor with AMX")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits", WIDTHS[1:])
+@pytest.mark.parametrize("precision", ["fast", "fine"])
+def test_many_rows_meet_bfloat16_on_amx(precision: str, bits: int, group: int, dtype: str) -> None:
+    """The product of values rounded to bfloat16, or nearly the exact one; a row is the same beside any others."""
+    rng = np.random.default_rng([bits, group, 2])
+    for count, shape in shapes(rng, group):
+        if count < MANY:
+            continue
+        stack = quantized(rng, bits, group, dtype, shape)
+        x = rng.normal(size=(count, shape[2])).astype(np.float32)
+        w, taken = stack.values[0].astype(np.float32), x
+        if precision == "fast":
+            w, taken = (a.astype(ml_dtypes.bfloat16).astype(np.float32) for a in (w, taken))
+        got = rounded_product(stack, x, "amx", 0, precision)
+        bound = 2e-5 * (np.abs(taken).astype(np.float64) @ np.abs(w).T)
+        assert (np.abs(got - taken.astype(np.float64) @ w.T) <= bound + 1e-30).all()
+        np.testing.assert_array_equal(rounded_product(stack, x[-MANY:], "amx", 0, precision), got[-MANY:])
+
+
+def rounded_product(
+    stack: Stack, x: npt.NDArray[np.float32], isa: str, expert: int, precision: str
+) -> npt.NDArray[np.float32]:
     rows, kind = stack.values.shape[1], _cpu.Precision[precision]
     return _cpu.matmul_rows(
         stack.native, x, isa=isa, expert=expert, index=None, row_begin=0, row_end=rows, precision=kind
@@ -164,7 +191,7 @@ def test_int8_does_not_hide_what_is_not_finite(precision: str, isa: str) -> None
     for bad in (np.nan, np.inf, -np.inf):
         x = rng.normal(size=(6, 128)).astype(np.float32)
         x[2, 40] = bad
-        got = int8(stack, x, isa, 0, precision)
+        got = rounded_product(stack, x, isa, 0, precision)
         assert not np.isfinite(got[2]).any()
         assert np.isfinite(np.delete(got, 2, axis=0)).all()
 

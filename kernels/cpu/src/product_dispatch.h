@@ -1,13 +1,13 @@
-// int8: a product by its width and group size, for each of which the including file defines matmul_of<bits, G>(args).
+// A product by its width and group size, for each of which the including file defines matmul_of<bits, G>(args).
 #pragma once
 
-#include "int8.h"
+#include "product.h"
 
 namespace mixbit {
 namespace {
 
-template <int bits>
-void matmul_bits(const Int8Args& args) {
+template <int bits, class Args>
+void matmul_bits(const Args& args) {
   switch (args.group_size) {
     case 32: return matmul_of<bits, 32>(args);
     case 64: return matmul_of<bits, 64>(args);
@@ -16,7 +16,8 @@ void matmul_bits(const Int8Args& args) {
   }
 }
 
-void matmul(const Int8Args& args) {
+template <class Args>
+void matmul(const Args& args) {
   switch (args.bits) {
     case 2: return matmul_bits<2>(args);
     case 3: return matmul_bits<3>(args);
