@@ -103,7 +103,6 @@ struct Chunk {
 
   Index blocks() const { return (groups * G + block - 1) / block; }
   int pieces(Index number) const { return static_cast<int>(smaller(block, groups * G - number * block) / piece); }
-  Index step_bytes_before() const { return first * G / 32 * step_bytes; }
 
   static constexpr Index most_groups = chunk_cols / G;
   bool more(const ProductArgs& args) const { return first + groups < args.groups; }
@@ -201,8 +200,9 @@ template <int bits, int G, int planes>
 void multiply_slice(const Bf16Args& args, Index begin, Index count, Pointer panels, Gathered<planes>* gathered) {
   const Index cols = args.groups * G;
   PanelChunk x{panels, args.panel_stride, panel_rows * args.rest};
-  const bool at_once = panels != nullptr || cols * ((count + panel_rows - 1) / panel_rows) <= most_gathered / panel_rows * chunk_cols;
-  if (count <= 2 * panel_rows && at_once) {
+  const Index room = most_gathered / panel_rows * chunk_cols;
+  const bool all_fit = panels != nullptr || cols * ((count + panel_rows - 1) / panel_rows) <= room;
+  if (count <= 2 * panel_rows && all_fit) {
     if (panels == nullptr) x = gather(args, 0, cols, begin, count, *gathered);
     return each_pair(args, [&]<int tiles>(Index row, Index rows) {
       if (count > panel_rows) multiply_few<bits, G, planes, tiles, 2>(args, x, row, rows, begin, count);
@@ -210,8 +210,9 @@ void multiply_slice(const Bf16Args& args, Index begin, Index count, Pointer pane
     });
   }
   for (auto chunk = Chunk<G>::from(args, 0);; chunk = chunk.next(args)) {
-    PanelChunk part{x.at + chunk.step_bytes_before(), x.stride, x.rest};
-    if (panels == nullptr) part = gather(args, chunk.first * G, chunk.groups * G, begin, count, *gathered);
+    const PanelChunk part = panels == nullptr
+                                ? gather(args, chunk.first * G, chunk.groups * G, begin, count, *gathered)
+                                : PanelChunk{panels + chunk.first * G / 32 * step_bytes, args.panel_stride, x.rest};
     each_pair(args, [&]<int tiles>(Index row, Index rows) {
       multiply_chunk<bits, G, planes, tiles>(args, part, chunk, row, rows, begin, count);
     });
