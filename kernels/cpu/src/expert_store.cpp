@@ -1,6 +1,8 @@
 #include "expert_store.h"
 
 #include <algorithm>
+#include <numeric>
+#include <set>
 
 #include "checks.h"
 
@@ -8,6 +10,12 @@ namespace mixbit {
 namespace {
 
 constexpr std::chrono::milliseconds quiet_time{200};  // without a read: nobody is using the store
+
+// Scales and biases so short that the request takes as much of the disk's time as their bytes do stay in memory once they
+// were read, if those of all experts take no more than this share of it: as many bytes are then read for a token, but in
+// a third of the requests.
+constexpr std::int64_t lasting_bytes = 64 << 10;
+constexpr double lasting_share = 0.3;
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -24,14 +32,21 @@ void for_each_array(MlpWeights& w, const Visit& visit) {
   }
 }
 
-std::vector<std::int64_t> array_bytes(const MlpWeights& w) {
-  std::vector<std::int64_t> bytes;
+struct Array {
+  std::int64_t bytes;
+  bool codes;  // or dense values
+};
+
+std::vector<Array> arrays_of(const MlpWeights& w) {
+  std::vector<Array> arrays;
   for (const Matrix* m : {&w.gate, &w.up, &w.down}) {
-    bytes.push_back(m->rows * m->row_bytes());
-    if (m->bits != 0) bytes.insert(bytes.end(), 2, m->rows * m->groups() * size_of(m->dtype));
+    arrays.push_back({m->rows * m->row_bytes(), true});
+    if (m->bits != 0) arrays.insert(arrays.end(), 2, {m->rows * m->groups() * size_of(m->dtype), false});
   }
-  return bytes;
+  return arrays;
 }
+
+constexpr std::int64_t to_page(std::int64_t n) { return n / Reader::alignment * Reader::alignment; }
 
 }  // namespace
 
@@ -43,24 +58,66 @@ ExpertStore::~ExpertStore() {
 }
 
 int ExpertStore::add(const MlpWeights& stacks, std::vector<FilePart> parts, Rows rows) {
-  const std::vector<std::int64_t> bytes = array_bytes(stacks);
+  const std::vector<Array> arrays = arrays_of(stacks);
   require_equal("arrays of streamed experts", static_cast<std::int64_t>(parts.size()),
-                static_cast<std::int64_t>(bytes.size()));
-  Layer layer{.stacks = stacks, .parts = std::move(parts), .places = {}, .experts = stacks.gate.experts,
+                static_cast<std::int64_t>(arrays.size()));
+  Layer layer{.stacks = stacks, .parts = std::move(parts), .places = {}, .lasting = {}, .experts = stacks.gate.experts,
               .slot_bytes = 0, .rows = rows};
-  for (std::size_t i = 0; i < bytes.size(); ++i) {
-    require_equal("bytes of an expert's array", layer.parts[i].bytes, bytes[i]);
+  for (std::size_t i = 0; i < arrays.size(); ++i) {
+    require_equal("bytes of an expert's array", layer.parts[i].bytes, arrays[i].bytes);
     require_equal("a file", layer.parts[i].file >= 0 && layer.parts[i].file < static_cast<int>(options_.files.size()),
                   true);
-    layer.places.push_back(layer.slot_bytes);
-    layer.slot_bytes += Reader::room(bytes[i]);
+    layer.lasting.push_back(arrays[i].codes || arrays[i].bytes > lasting_bytes ? -1 : 0);
   }
   for (Matrix* m : {&layer.stacks.gate, &layer.stacks.up, &layer.stacks.down}) m->experts = 1;
   layers_.push_back(std::move(layer));
   return static_cast<int>(layers_.size()) - 1;
 }
 
+// Decides what lasts, and where every part goes. Returns the bytes that last.
+std::int64_t ExpertStore::place_lasting() {
+  const auto each_lasting = [&](auto visit) {
+    for (Layer& layer : layers_)
+      for (std::size_t i = 0; i < layer.parts.size(); ++i)
+        if (layer.lasting[i] >= 0) visit(layer, i);
+  };
+  std::int64_t bytes = 0;
+  each_lasting([&](Layer& layer, std::size_t i) {
+    const FilePart& part = layer.parts[i];
+    layer.lasting[i] = bytes;
+    bytes += to_page(part.offset + layer.experts * part.bytes - 1) - to_page(part.offset) + Reader::alignment;
+  });
+  std::set<std::int64_t> sizes;  // of slots with all parts
+  for (const Layer& layer : layers_) {
+    std::int64_t size = 0;
+    for (const FilePart& part : layer.parts) size += Reader::room(part.bytes);
+    sizes.insert(size);
+  }
+  const std::int64_t room = options_.bytes - std::accumulate(sizes.begin(), sizes.end(), std::int64_t{0});
+  const double most = std::min(lasting_share * static_cast<double>(options_.bytes), static_cast<double>(room));
+  if (options_.access != Access::direct || static_cast<double>(bytes) > most) {
+    each_lasting([](Layer& layer, std::size_t i) { layer.lasting[i] = -1; });
+    bytes = 0;
+  }
+  if (bytes > 0) lasting_ = std::make_unique<Pages>(bytes);
+  for (Layer& layer : layers_) {
+    layer.lasts.assign(static_cast<std::size_t>(layer.experts), bytes == 0);
+    for (std::size_t i = 0; i < layer.parts.size(); ++i) {
+      layer.places.push_back(layer.slot_bytes);
+      if (layer.lasting[i] < 0) layer.slot_bytes += Reader::room(layer.parts[i].bytes);
+    }
+  }
+  return bytes;
+}
+
+// Neighbours share pages: a direct read for one writes to the other what the file has there, which is what is there.
+std::byte* ExpertStore::lasting(const Layer& layer, std::size_t part, std::int64_t expert) const {
+  const std::int64_t first = layer.parts[part].offset;
+  return lasting_->data() + layer.lasting[part] + to_page(first + expert * layer.parts[part].bytes) - to_page(first);
+}
+
 void ExpertStore::finish() {
+  const std::int64_t for_slots = options_.bytes - place_lasting();
   reader_ = std::make_unique<Reader>(options_.files, options_.access, options_.threads,
                                      [this](std::int64_t tag, std::int64_t bytes, const std::string* error) {
                                        done(tag, bytes, error);
@@ -76,14 +133,14 @@ void ExpertStore::finish() {
     total += static_cast<double>(layer.experts * layer.slot_bytes);
   }
   // Each pool its share, and none less than one slot.
-  std::int64_t least = 0, left = options_.bytes;
+  std::int64_t least = 0, left = for_slots;
   for (const Pool& pool : pools_) least += pool.slot_bytes;
   if (least > left) {
     throw std::invalid_argument("memory for experts: " + std::to_string(left) +
                                 " bytes, but one expert of each size needs " + std::to_string(least));
   }
   for (Pool& pool : pools_) {
-    const double share = static_cast<double>(options_.bytes) * static_cast<double>(pool.keys * pool.slot_bytes) / total;
+    const double share = static_cast<double>(for_slots) * static_cast<double>(pool.keys * pool.slot_bytes) / total;
     least -= pool.slot_bytes;
     const std::int64_t bytes = std::min(static_cast<std::int64_t>(share), left - least);
     const std::int64_t count = std::clamp<std::int64_t>(bytes / pool.slot_bytes, 1, pool.keys);
@@ -98,20 +155,22 @@ void ExpertStore::finish() {
 // Slots are first written to by reads, which then wait for the system to clear memory, and in virtual machines for the
 // host to find it: 6 ms for an expert, longer than its read. Done before, while nothing is being read.
 void ExpertStore::populate() {
-  for (Pool& pool : pools_) {
+  const auto fill = [&](Pages& memory) {
     bool more = true;
     while (more && !stop_) {
       if (Clock::now() - last_read_.load() > quiet_time) {
-        more = pool.memory->populate_next();
+        more = memory.populate_next();
       } else {
         std::this_thread::sleep_for(quiet_time / 2);
       }
     }
-  }
+  };
+  if (lasting_) fill(*lasting_);
+  for (Pool& pool : pools_) fill(*pool.memory);
 }
 
 std::int64_t ExpertStore::bytes() const {
-  std::int64_t bytes = 0;
+  std::int64_t bytes = lasting_ ? lasting_->size() : 0;
   for (const Pool& pool : pools_) bytes += pool.residency->slots() * pool.slot_bytes;
   return bytes;
 }
@@ -137,7 +196,7 @@ std::int64_t ExpertStore::request(int number, std::int64_t expert, Urgency urgen
   if (place < 0) return -1;
   pool.residency->pin(place);  // the readers' own
   Slot& slot = pool.slots[static_cast<std::size_t>(place)];
-  slot = {.pieces = 0, .layer = number, .ahead = urgency != Urgency::now, .begun = false, .error = {}};
+  slot = {.layer = number, .expert = expert, .ahead = urgency != Urgency::now};
   if (slot.ahead) {
     ahead_.emplace_back(layer.pool, place);
   } else {
@@ -146,11 +205,13 @@ std::int64_t ExpertStore::request(int number, std::int64_t expert, Urgency urgen
   std::byte* base = pool.memory ? pool.memory->data() + place * pool.slot_bytes : nullptr;
   if (layer.reading++ == 0) layer.since = Clock::now();
   for (std::size_t i = 0; i < layer.parts.size(); ++i) {
+    const bool stays = layer.lasting[i] >= 0;
+    if (stays && layer.lasts[static_cast<std::size_t>(expert)]) continue;
     FilePart part = layer.parts[i];
     part.offset += expert * part.bytes;
     slot.pieces += Reader::pieces(part);
-    reader_->read(part, base ? base + layer.places[i] : nullptr, place * 256 + static_cast<std::int64_t>(layer.pool),
-                  urgency == Urgency::idle);
+    std::byte* to = stays ? lasting(layer, i, expert) : base ? base + layer.places[i] : nullptr;
+    reader_->read(part, to, place * 256 + static_cast<std::int64_t>(layer.pool), urgency == Urgency::idle);
   }
   return place;
 }
@@ -163,6 +224,7 @@ void ExpertStore::done(std::int64_t tag, std::int64_t bytes, const std::string* 
   Slot& slot = pool.slots[static_cast<std::size_t>(place)];
   if (error) {
     slot.error = *error;
+    slot.whole = false;
     pool.residency->spoil(place);
   } else {
     slot.begun = true;
@@ -175,6 +237,7 @@ void ExpertStore::end_piece(Pool& pool, std::int64_t place) {
   Slot& slot = pool.slots[static_cast<std::size_t>(place)];
   if (--slot.pieces > 0) return;
   Layer& layer = layers_[static_cast<std::size_t>(slot.layer)];
+  if (slot.whole) layer.lasts[static_cast<std::size_t>(slot.expert)] = true;
   if (--layer.reading == 0) layer.counts.read += seconds_since(layer.since);
   pool.residency->unpin(place);
   arrived_.notify_one();
@@ -238,6 +301,7 @@ void ExpertStore::drop_idle(const std::function<bool(const Pool&, std::int64_t)>
   for (std::int64_t tag : dropped) {
     Pool& pool = pools_[static_cast<std::size_t>(tag % 256)];
     pool.residency->spoil(tag / 256);
+    pool.slots[static_cast<std::size_t>(tag / 256)].whole = false;
     end_piece(pool, tag / 256);
   }
 }
@@ -274,8 +338,13 @@ MlpWeights ExpertStore::weights(int number, std::int64_t expert, std::int64_t pl
   for_each_array(one, [&](const std::byte*& array) {
     const FilePart& part = layer.parts[i];
     const std::int64_t offset = part.offset + expert * part.bytes;
-    array = pool.memory ? pool.memory->data() + place * pool.slot_bytes + layer.places[i] + Reader::lead(offset)
-                        : reader_->at(part.file, offset);
+    if (layer.lasting[i] >= 0) {
+      array = lasting(layer, i, expert) + Reader::lead(offset);
+    } else if (pool.memory) {
+      array = pool.memory->data() + place * pool.slot_bytes + layer.places[i] + Reader::lead(offset);
+    } else {
+      array = reader_->at(part.file, offset);
+    }
     ++i;
   });
   return one;

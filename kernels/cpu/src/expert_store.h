@@ -63,7 +63,7 @@ class ExpertStore {
   // Whether any expert of it is not in memory.
   bool misses(int layer) const;
 
-  std::int64_t bytes() const;  // of all slots
+  std::int64_t bytes() const;  // of all slots, and of what lasts
   std::int64_t slots() const;
   std::vector<ExpertCounts> counts() const;
 
@@ -74,7 +74,9 @@ class ExpertStore {
   struct Layer {
     MlpWeights stacks;
     std::vector<FilePart> parts;
-    std::vector<std::int64_t> places;  // of each part's room in a slot
+    std::vector<std::int64_t> places;   // of each part's room in a slot
+    std::vector<std::int64_t> lasting;  // of each part in `lasting_`, laid out as in the file; -1: it comes with the slot
+    std::vector<bool> lasts{};          // experts whose lasting parts have been read
     std::int64_t experts, slot_bytes;
     Rows rows;
     std::size_t pool = 0;
@@ -87,9 +89,11 @@ class ExpertStore {
   struct Slot {
     std::int64_t pieces = 0;  // still to be read
     int layer = -1;
+    std::int64_t expert = -1;
+    bool whole = true;   // all pieces so far were read
     bool ahead = false;  // being read before it was asked for, and not asked for since
     bool begun = false;  // a piece has been read
-    std::string error;
+    std::string error{};
   };
   struct Pool {
     std::int64_t slot_bytes, keys;
@@ -101,6 +105,8 @@ class ExpertStore {
   enum class Urgency : std::uint8_t { now, ahead, idle };  // ahead: after what is wanted now
 
   void populate();  // a thread of its own
+  std::int64_t place_lasting();
+  std::byte* lasting(const Layer& layer, std::size_t part, std::int64_t expert) const;
 
   // All need the mutex.
   std::int64_t request(int layer, std::int64_t expert, Urgency urgency);  // a slot, pinned; -1: none to be had
@@ -116,6 +122,7 @@ class ExpertStore {
   StoreOptions options_;
   std::vector<Layer> layers_;
   std::vector<Pool> pools_;
+  std::unique_ptr<Pages> lasting_;  // null: nothing lasts
   int last_layer_ = -1;
   std::vector<std::pair<std::size_t, std::int64_t>> ahead_;  // pool and slot: pinned until the next layer has asked
   mutable std::mutex mutex_;
