@@ -171,7 +171,7 @@ int main(int argc, char** argv) {
   x.serve(m);
   std::vector<float> values(static_cast<std::size_t>(m.cols));
   for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i * 2654435761u % 1000) / 500 - 1;
-  x.begin(o.tokens);
+  x.begin(o.tokens, true);
   for (int i = 0; i < o.tokens; ++i) x.prepare(i, values.data(), m.cols);
   x.line_up(0, o.tokens, m.cols);
   std::vector<float> y(static_cast<std::size_t>(m.rows * o.tokens));

@@ -179,14 +179,15 @@ bool run(Isa isa, const Case& c) {
   const int x_rows = c.count + 3;
   Activations x(isa, x_rows, m.cols + 64 * below(2));
   x.serve(m);
-  x.begin(x_rows);
+  const bool lined_up = below(2) == 0;
+  x.begin(x_rows, lined_up);
   std::vector<std::vector<float>> values(static_cast<std::size_t>(x_rows), std::vector<float>(static_cast<std::size_t>(m.cols)));
   for (int i = 0; i < x_rows; ++i) {
     for (float& v : values[static_cast<std::size_t>(i)]) v = static_cast<float>(normal());
     if (m.cols >= 32 && below(4) == 0) std::fill_n(values[static_cast<std::size_t>(i)].begin(), 32, 0.0f);
     x.prepare(i, values[static_cast<std::size_t>(i)].data(), m.cols);
   }
-  x.line_up(0, x_rows, m.cols);
+  if (lined_up) x.line_up(0, x_rows, m.cols);
   std::vector<std::vector<double>> taken;
   const bool halves = isa == Isa::amx && m.rounds_inputs() && x_rows >= 8;
   for (const auto& v : values) {

@@ -108,7 +108,7 @@ bool same(int count, int groups, int rows, bool fine) {
   const ProductArgs product{weight.data(), bytes(scales), bytes(biases), DType::f32, bits, G, groups, row_bytes, x.data(),
                             stride, kind == 0 ? nullptr : order.data(), count, first_row, rows, y.data(), y_stride,
                             weight.data()};
-  matmul(Bf16Args{product, panels.data(), panel_stride, rest, fine});
+  matmul(Bf16Args{product, below(3) == 0 ? nullptr : panels.data(), panel_stride, rest, fine});
   const auto code = [&](Index row, Index column) {
     const auto* from = reinterpret_cast<const std::uint8_t*>(weight.data() + row * row_bytes);
     const Index bit = column * bits;

@@ -18,7 +18,7 @@
 namespace mixbit {
 
 struct Bf16Args : ProductArgs {
-  const std::byte* panels;  // of rows of x in order, as far as they are given without an index
+  const std::byte* panels;    // of all rows of x; null: there are none
   std::int64_t panel_stride;  // bytes
   std::int64_t rest;
   bool fine;

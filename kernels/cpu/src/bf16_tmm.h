@@ -223,7 +223,7 @@ void multiply_slice(const Bf16Args& args, Index begin, Index count, Pointer pane
 template <int bits, int G, int planes>
 void multiply(const Bf16Args& args) {
   const std::int32_t* index = args.index;
-  bool in_order = index == nullptr || index[0] % panel_rows == 0;
+  bool in_order = args.panels != nullptr && (index == nullptr || index[0] % panel_rows == 0);
   for (Index i = 1; index != nullptr && in_order && i < args.count; ++i) in_order = index[i] == index[0] + i;
   if (in_order) {
     const Pointer panels = args.panels + (index == nullptr ? 0 : index[0] / panel_rows) * args.panel_stride;

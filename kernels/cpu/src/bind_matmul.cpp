@@ -36,7 +36,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> matmul(const Weight& weight, const In
 
   Activations ready(isa, tokens, cols);
   ready.serve(stack);
-  ready.begin(tokens);
+  ready.begin(tokens, true);
   for (std::int64_t i = 0; i < tokens; ++i) ready.prepare(i, x.data() + i * cols, cols);
   ready.line_up(0, tokens, cols);
   const auto size = static_cast<std::size_t>(count * stack.rows);

@@ -11,7 +11,7 @@ namespace mixbit {
 inline void prepare_rows(Machine& machine, Activations& ready, const float* x, std::int64_t rows, std::int64_t dim,
                          std::int64_t meeting) {
   constexpr std::int64_t grain_values = 2048;  // a microsecond or two: worth a claim
-  ready.begin(meeting);
+  ready.begin(meeting, true);
   machine.pool.run_ranges(rows, ready.grain(grain_values / dim), [&](auto begin, auto end, int) {
     for (auto i = begin; i < end; ++i) ready.prepare(i, x + i * dim, dim);
     ready.line_up(begin, end, dim);

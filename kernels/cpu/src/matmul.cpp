@@ -125,7 +125,10 @@ std::int64_t Activations::bytes() const {
   return bytes;
 }
 
-void Activations::begin(std::int64_t meeting) { many_ = !bf16_.empty() && meeting >= bf16_least; }
+void Activations::begin(std::int64_t meeting, bool in_order) {
+  many_ = !bf16_.empty() && meeting >= bf16_least;
+  in_order_ = in_order;
+}
 
 std::int64_t Activations::grain(std::int64_t wanted) const {
   return round_up(std::max<std::int64_t>(1, wanted), many_ ? panel_rows : 1);
@@ -203,8 +206,8 @@ void matmul_rows(const Matrix& w, const Activations& x, const std::int32_t* inde
     if (x.many_) {
       const Activations::Bf16& form = x.bf16_for(w);
       product.x = form.rows.data(), product.x_stride = form.stride;
-      return bf16_kernels(x.isa_)->matmul({product, form.panels.data(), form.panel_stride, form.rest,
-                                           w.precision == Precision::fine});
+      return bf16_kernels(x.isa_)->matmul({product, x.in_order_ ? form.panels.data() : nullptr, form.panel_stride,
+                                           form.rest, w.precision == Precision::fine});
     }
     const Activations::Int8& form = *x.int8_for(w);
     product.x = form.rows.data(), product.x_stride = form.stride;

@@ -23,8 +23,8 @@ class Activations {
   void serve(const Matrix& w);
 
   // Rows follow of which `meeting` meet each weight, or so. Where these are many, rounded rows are bfloat16, if the
-  // instruction set has products of it.
-  void begin(std::int64_t meeting);
+  // instruction set has products of it. in_order: all of them will be lined up.
+  void begin(std::int64_t meeting, bool in_order);
 
   // Takes x[0 : dim] in as row `row`. Rows may be prepared concurrently. All rows share one dim.
   void prepare(std::int64_t row, const float* x, std::int64_t dim);
@@ -78,7 +78,7 @@ class Activations {
   std::optional<Exact> exact_;
   std::vector<Int8> int8_;
   std::vector<Bf16> bf16_;
-  bool many_ = false;
+  bool many_ = false, in_order_ = false;
 };
 
 // y[i * y_stride + r] = dot(w row r, x row i') for r in [row_begin, row_end), i in [0, count), where

@@ -69,7 +69,7 @@ class Moe final : public Op {
     const Buffers b = buffers(context_.workspace.shared(), count);
     const std::int64_t meeting = count * weights_.top_k / experts_;  // of an expert's weights, in the mean
     prepare_rows(context_.machine, ready_, step.row(x_, 0), count, x_.dim, meeting);
-    hidden_.begin(meeting);
+    hidden_.begin(meeting, false);
     if (weights_.store) {
       streamed(step, b, count);
       return;
