@@ -82,16 +82,16 @@ struct Case {
 
 Case random_case(int serial) {
   constexpr int widths[] = {1, 2, 3, 4, 5, 6, 8, 0};
-  constexpr int counts[] = {1, 2, 3, 4, 5, 7, 8, 33, 0, 140};
+  constexpr int counts[] = {1, 2, 3, 4, 5, 7, 8, 33, 0, 140, 10, 13};
   Case c;
   Matrix& m = c.matrix;
   m.bits = widths[serial % 8];
   m.dtype = static_cast<DType>(serial / 8 % 3);
   m.group_size = m.bits == 0 ? 0 : 32 << serial / 24 % 3;
   m.precision = static_cast<Precision>(serial / 72 % 3);
-  m.rows = 1 + below(37);
+  m.rows = 1 + below(below(4) == 0 ? 150 : 37);
   m.cols = m.bits == 0 ? 1 + below(700) : m.group_size * (1 + below(below(4) == 0 ? 90 : 9));
-  c.count = counts[below(10)];
+  c.count = counts[below(12)];
   c.gathered = below(2) == 0;
   return c;
 }

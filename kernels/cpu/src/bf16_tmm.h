@@ -110,18 +110,25 @@ struct Chunk {
   Chunk next(const ProductArgs& args) const { return from(args, first + groups); }
 };
 
+// Unpacks a block of 16 or 32 rows and asks for as much of what follows: the columns of these rows are read together, so
+// all of the next rows are to be there when the first columns of them are read.
 template <int bits, int G, int tiles, int planes>
 inline void unpack_pair(const ProductArgs& args, Index row, Index rows, const Chunk<G>& chunk, Index number,
                         const RowScales* scales, UnpackedPair<planes>& to) {
+  constexpr Index code_bytes = block / 8 * bits, slack = 4000;  // bytes: the memory's delay
   const int present = chunk.pieces(number);
-  constexpr Index block_bytes = 8 * bits;
-  const Index read = row * args.row_bytes + (chunk.first * G / block + number) * rows * block_bytes;
-  const Pointer later = ahead_of(args, args.weight + read, near_ahead);
-  for (Index line = 0; line < rows * block_bytes; line += 64) __builtin_prefetch(later + line, 0, 2);
-  unpack_block<bits, G>(args, row, smaller(matrix_rows, rows), chunk.first, number, present, scales, to[0]);
-  if constexpr (tiles == 2)
-    unpack_block<bits, G>(args, row + matrix_rows, rows - matrix_rows, chunk.first, number, present, scales + matrix_rows,
-                          to[1]);
+  const Index done = (chunk.first * G / block + number) * rows, scale_bytes = args.dtype == DType::f32 ? 4 : 2;
+  const Pointer now = args.weight + row * args.row_bytes + done * code_bytes;
+  const Pointer ahead = ahead_of(args, now, rows * args.row_bytes + slack);
+  const auto unpack = [&](int tile, Index count) {
+    const Index first = tile * matrix_rows, scale = (row + rows) * args.groups + (done + first) * block / G;
+    __builtin_prefetch(args.scales + scale * scale_bytes, 0, 2);
+    __builtin_prefetch(args.biases + scale * scale_bytes, 0, 2);
+    unpack_block<bits, G>(args, row + first, count, chunk.first, number, present, scales + first,
+                          ahead + first * code_bytes, to[tile]);
+  };
+  unpack(0, smaller(matrix_rows, rows));
+  if constexpr (tiles == 2) unpack(1, rows - matrix_rows);
 }
 
 // Up to 32 tokens by rows [row, row + rows), at most 32: a block is unpacked while that before it is multiplied.
@@ -129,7 +136,6 @@ template <int bits, int G, int planes, int tiles, int panels>
 void multiply_few(const ProductArgs& args, const PanelChunk& x, Index row, Index rows, Index begin, Index count) {
   UnpackedPair<planes> pairs[2];
   RowScales scales[2 * matrix_rows];
-  fetch_scales(args, row, rows, near_ahead);
   zero_sums<tiles, panels>();
   Index at = 0;
   int set = 0;

@@ -151,19 +151,22 @@ class ByValue {
 };
 
 // Block `number` of a chunk that begins with group `first`, of rows [row, row + count), at most 16. present: pieces of
-// the block that there are; another's are zeros.
+// the block that there are; another's are zeros. ahead: as many codes that are asked for row by row: all at once they would
+// take the buffers in which other loads wait for the second-level cache.
 template <int bits, int G, int planes>
 inline void unpack_block(const ProductArgs& args, Index row, Index count, Index first, Index number, int present,
-                         const RowScales* scales, UnpackedBlock<planes>& to) {
+                         const RowScales* scales, Pointer ahead, UnpackedBlock<planes>& to) {
   static_assert(V::template offset<bits> == 0);
   using Values = std::conditional_t<(bits <= 4), ByTable<bits, planes>, ByValue<bits, planes>>;
-  constexpr Index step_bytes = sizeof to.values[0][0], plane_bytes = sizeof to.values[0];
+  constexpr Index step_bytes = sizeof to.values[0][0], plane_bytes = sizeof to.values[0], code_bytes = block / 8 * bits;
   const Index group = G < block ? number * (block / G) : number / (G / block);
   Pointer from = args.weight + row * args.row_bytes + (first * G + number * block) / 8 * bits;
   std::byte* out = to.values[0][0][0];
-  for (Index r = 0; r < count; ++r, from += args.row_bytes, out += 64)
+  for (Index r = 0; r < count; ++r, from += args.row_bytes, out += 64) {
+    if (r * code_bytes % 64 < code_bytes) __builtin_prefetch(ahead + r * code_bytes, 0, 2);
     Values(scales[r].scales + group, scales[r].biases + group, G < block ? 1 : 0)
         .put(from, present, out, step_bytes, plane_bytes);
+  }
 }
 
 // Values of a block in the order of codes: first, then second ones.
