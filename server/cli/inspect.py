@@ -197,7 +197,7 @@ def _memory(report: Report) -> Table:
     rows.add_row("streamed", f"{size(streaming.experts)} of experts through {size(streaming.memory)} of memory")
     rows.add_row("resident", f"{size(streaming.resident)} that every token needs")
     rows.add_row("disk", f"{size(streaming.disk)}/s of random experts, measured now")
-    rate = f"at most {streaming.rate:.2g} tokens per second where all experts are as likely"
+    rate = f"about {streaming.rate:.2g} tokens per second where all experts are as likely"
     rows.add_row("verdict", f"[yellow]experts are streamed: {rate}, {size(streaming.token_bytes)} a token[/yellow]")
     return rows
 
