@@ -105,7 +105,7 @@ bool same(int count, int groups, int rows, bool fine) {
   const Index y_stride = rows + 5, first_row = below(rows);
   std::vector<float> y(static_cast<std::size_t>(count * y_stride), 7);
   const auto bytes = [](const std::vector<float>& v) { return reinterpret_cast<const std::byte*>(v.data()); };
-  const ProductArgs product{weight.data(), bytes(scales), bytes(biases), DType::f32, bits, G, groups, row_bytes, x.data(),
+  const ProductArgs product{weight.data(), bytes(scales), bytes(biases), DType::f32, bits, G, groups, cols, row_bytes, x.data(),
                             stride, kind == 0 ? nullptr : order.data(), count, first_row, rows, y.data(), y_stride,
                             weight.data()};
   matmul(Bf16Args{product, below(3) == 0 ? nullptr : panels.data(), panel_stride, rest, fine});

@@ -48,7 +48,7 @@ struct Dense {
 
 // Calls fn with the type that describes the weight of `args`.
 template <class Fn>
-void with_layout(const MatmulArgs& args, Fn fn) {
+void with_layout(const ProductArgs& args, Fn fn) {
   switch (args.bits) {
     case 1: return fn(Affine<1>{});
     case 2: return fn(Affine<2>{});
@@ -82,7 +82,7 @@ void convert(Bytes src, int count, float* out) {
 }
 
 // out[0 : count] = values [first, first + count) of one row of scales or biases, zero up to a whole register.
-void load_scales(const MatmulArgs& args, Bytes base, Int row, Int first, int count, float* out) {
+void load_scales(const ProductArgs& args, Bytes base, Int row, Int first, int count, float* out) {
   const Int at = row * args.groups + first;
   switch (args.dtype) {
     case DType::f32: return convert<DType::f32>(base + at * 4, count, out);
@@ -91,7 +91,11 @@ void load_scales(const MatmulArgs& args, Bytes base, Int row, Int first, int cou
   }
 }
 
-Int token(const MatmulArgs& args, Int i) { return args.index != nullptr ? args.index[i] : i; }
+// Of the i-th of `count` rows of x.
+Int token(const ProductArgs& args, Int i) { return args.index != nullptr ? args.index[i] : i; }
+const float* values(const ProductArgs& args, Int i) {
+  return reinterpret_cast<const float*>(args.x + token(args, i) * args.x_stride);
+}
 
 // ---- Up to four tokens: R rows times T tokens, weights go from code to product in registers ----
 
@@ -177,9 +181,9 @@ void few_rows(const MatmulArgs& args, Int row) {
   for (int r = 0; r < R; ++r) rows[r] = args.weight + (row + r) * args.row_bytes;
   const float *x[T], *x_sums[T];
   for (int t = 0; t < T; ++t) {
-    const Int at = token(args, t < args.count ? t : 0);
-    x[t] = args.x + at * args.x_stride;
-    x_sums[t] = args.sums + at * args.sum_stride;
+    const Int i = t < args.count ? t : 0;
+    x[t] = values(args, i);
+    x_sums[t] = args.sums + token(args, i) * args.sum_stride;
   }
   Sums<R, T> total;
   total.clear();
@@ -198,7 +202,7 @@ void few(const MatmulArgs& args) {
 // ---- Many tokens: unpack a tile of weights, multiply it with every token ----
 
 template <int bits>
-void unpack(Affine<bits>, const MatmulArgs& args, Int row, Int first, Int count, float* out) {
+void unpack(Affine<bits>, const ProductArgs& args, Int row, Int first, Int count, float* out) {
   using Layout = Affine<bits>;
   alignas(64) float scales[block], biases[block];
   static_assert(tile_cols / chunk <= block);
@@ -214,7 +218,7 @@ void unpack(Affine<bits>, const MatmulArgs& args, Int row, Int first, Int count,
 }
 
 template <DType type>
-void unpack(Dense<type>, const MatmulArgs& args, Int row, Int first, Int count, float* out) {
+void unpack(Dense<type>, const ProductArgs& args, Int row, Int first, Int count, float* out) {
   using Layout = Dense<type>;
   constexpr int size = Layout::bytes / chunk;
   Bytes w = args.weight + row * args.row_bytes + first * size;
@@ -250,8 +254,7 @@ void multiply_tile(const MatmulArgs& args, const float* tile, Int row, int rows,
   for (Int i = 0; i < args.count; i += micro_tokens) {
     const int tokens = static_cast<int>(smaller(micro_tokens, args.count - i));
     const float* x[micro_tokens];
-    for (int t = 0; t < micro_tokens; ++t)
-      x[t] = args.x + token(args, i + (t < tokens ? t : 0)) * args.x_stride + first;
+    for (int t = 0; t < micro_tokens; ++t) x[t] = values(args, i + (t < tokens ? t : 0)) + first;
     for (int r = 0; r < rows; r += micro_rows) {
       alignas(64) float sums[micro_tokens][micro_rows];
       micro(tile + r * tile_stride, x, count, sums);
@@ -294,7 +297,7 @@ void matmul(const MatmulArgs& args) {
   });
 }
 
-void unpack_row(const MatmulArgs& args, Int row, float* out) {
+void unpack_row(const ProductArgs& args, Int row, float* out) {
   with_layout(args, [&](auto layout) {
     alignas(64) float columns[tile_cols];
     for (Int first = 0; first < args.cols; first += tile_cols) {

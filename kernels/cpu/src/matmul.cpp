@@ -53,17 +53,13 @@ const Bf16Kernels* bf16_kernels(Isa isa) {
 // Where so many rows meet each weight they are faster: what they do for a weight, int8 does for each row.
 constexpr std::int64_t bf16_least = 8;
 
-MatmulArgs weight_args(const Matrix& w) {
-  MatmulArgs args{};
-  args.weight = w.weight;
-  args.scales = w.scales;
-  args.biases = w.biases;
-  args.dtype = w.dtype;
-  args.bits = w.bits;
-  args.group_size = w.group_size;
-  args.groups = w.groups();
-  args.cols = w.cols;
-  args.row_bytes = w.row_bytes();
+// What an unpacking needs; a product needs more.
+ProductArgs matrix_args(const Matrix& w) {
+  ProductArgs args{};
+  args.weight = w.weight, args.scales = w.scales, args.biases = w.biases;
+  args.dtype = w.dtype, args.bits = w.bits;
+  args.group_size = w.group_size, args.groups = w.groups();
+  args.cols = w.cols, args.row_bytes = w.row_bytes();
   return args;
 }
 
@@ -200,32 +196,26 @@ void matmul_rows(const Matrix& w, const Activations& x, const std::int32_t* inde
                  std::int64_t count, std::int64_t row_begin, std::int64_t row_end, float* y,
                  std::int64_t y_stride, const std::byte* next) {
   if (count <= 0 || row_begin >= row_end) return;
-  if (w.rounds_inputs()) {
-    ProductArgs product{w.weight, w.scales, w.biases, w.dtype, w.bits, w.group_size, w.groups(), w.row_bytes(), nullptr, 0,
-                        index, count, row_begin, row_end, y, y_stride, next != nullptr ? next : w.row(row_end)};
-    if (x.many_) {
-      const Activations::Bf16& form = x.bf16_for(w);
-      product.x = form.rows.data(), product.x_stride = form.stride;
-      return bf16_kernels(x.isa_)->matmul({product, x.in_order_ ? form.panels.data() : nullptr, form.panel_stride,
-                                           form.rest, w.precision == Precision::fine});
-    }
+  ProductArgs product = matrix_args(w);
+  product.index = index, product.count = count;
+  product.row_begin = row_begin, product.row_end = row_end;
+  product.y = y, product.y_stride = y_stride;
+  product.next = next != nullptr ? next : w.row(row_end);
+  const auto take = [&](const std::byte* rows, std::int64_t stride) { product.x = rows, product.x_stride = stride; };
+  if (!w.rounds_inputs()) {
+    const Activations::Exact& form = *x.exact_;
+    take(reinterpret_cast<const std::byte*>(form.values.data()), form.stride * std::int64_t{sizeof(float)});
+    kernels(x.isa_).matmul({product, form.sums.data() + form.sum_offset(w.group_size), form.sum_stride});
+  } else if (x.many_) {
+    const Activations::Bf16& form = x.bf16_for(w);
+    take(form.rows.data(), form.stride);
+    bf16_kernels(x.isa_)->matmul({product, x.in_order_ ? form.panels.data() : nullptr, form.panel_stride, form.rest,
+                                  w.precision == Precision::fine});
+  } else {
     const Activations::Int8& form = *x.int8_for(w);
-    product.x = form.rows.data(), product.x_stride = form.stride;
-    return int8_kernels(x.isa_).matmul({product, form.factors, form.sums, form.rest, form.rest_factors, form.mask});
+    take(form.rows.data(), form.stride);
+    int8_kernels(x.isa_).matmul({product, form.factors, form.sums, form.rest, form.rest_factors, form.mask});
   }
-  MatmulArgs args = weight_args(w);
-  const Activations::Exact& form = *x.exact_;
-  args.x = form.values.data();
-  args.x_stride = form.stride;
-  args.sums = form.sums.data() + form.sum_offset(w.group_size);
-  args.sum_stride = form.sum_stride;
-  args.index = index;
-  args.count = count;
-  args.row_begin = row_begin;
-  args.row_end = row_end;
-  args.y = y;
-  args.y_stride = y_stride;
-  kernels(x.isa_).matmul(args);
 }
 
 std::int64_t preferred_tile(const Matrix& w, std::int64_t count) {
@@ -239,7 +229,7 @@ std::int64_t preferred_tile(const Matrix& w, std::int64_t count) {
 }
 
 void unpack_row(const Matrix& w, std::int64_t row, float* out) {
-  kernels(best_isa()).unpack_row(weight_args(w), row, out);
+  kernels(best_isa()).unpack_row(matrix_args(w), row, out);
 }
 
 }  // namespace mixbit
