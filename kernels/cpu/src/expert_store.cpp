@@ -324,6 +324,7 @@ bool ExpertStore::misses(int number) const {
   std::lock_guard lock(mutex_);
   const Layer& layer = layers_[static_cast<std::size_t>(number)];
   const Residency& residency = *pools_[layer.pool].residency;
+  if (residency.all_found()) return false;
   for (std::int64_t expert = 0; expert < layer.experts; ++expert) {
     if (residency.find(layer.first_key + expert) < 0) return true;
   }

@@ -17,14 +17,22 @@ Residency::Rank Residency::rank(std::int64_t slot) const {
   return {worth_[static_cast<std::size_t>(held.key)], held.admitted, slot};
 }
 
+void Residency::list(std::int64_t slot) {
+  if (held_.size() < where_.size()) evictable_.insert(rank(slot));
+}
+
+void Residency::unlist(std::int64_t slot) {
+  if (held_.size() < where_.size()) evictable_.erase(rank(slot));
+}
+
 void Residency::note(std::int64_t key, double share) {
   const std::int64_t slot = find(key);
   const bool listed = slot >= 0 && held_[static_cast<std::size_t>(slot)].pins == 0;
-  if (listed) evictable_.erase(rank(slot));
+  if (listed) unlist(slot);
   double& worth = worth_[static_cast<std::size_t>(key)];
   const double since = now_ / half_life;
   worth = std::log2(std::exp2(worth - since) + share) + since;
-  if (listed) evictable_.insert(rank(slot));
+  if (listed) list(slot);
 }
 
 std::int64_t Residency::claim(std::int64_t key) {
@@ -36,17 +44,19 @@ std::int64_t Residency::claim(std::int64_t key) {
     slot = evictable_.begin()->slot;
     evictable_.erase(evictable_.begin());
     where_[static_cast<std::size_t>(key_in(slot))] = -1;
+    --found_;
   } else {
     return -1;
   }
   held_[static_cast<std::size_t>(slot)] = {key, ++admissions_, 1};
   where_[static_cast<std::size_t>(key)] = slot;
+  ++found_;
   return slot;
 }
 
 void Residency::pin(std::int64_t slot) {
   Slot& held = held_[static_cast<std::size_t>(slot)];
-  if (held.pins == 0) evictable_.erase(rank(slot));
+  if (held.pins == 0) unlist(slot);
   ++held.pins;
 }
 
@@ -56,7 +66,7 @@ void Residency::unpin(std::int64_t slot) {
   if (held.key < 0) {
     free_.push_back(slot);
   } else {
-    evictable_.insert(rank(slot));
+    list(slot);
   }
 }
 
@@ -64,6 +74,7 @@ void Residency::spoil(std::int64_t slot) {
   Slot& held = held_[static_cast<std::size_t>(slot)];
   if (held.key < 0) return;
   where_[static_cast<std::size_t>(held.key)] = -1;
+  --found_;
   held.key = -1;
 }
 

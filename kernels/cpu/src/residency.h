@@ -19,6 +19,7 @@ class Residency {
 
   std::int64_t slots() const { return static_cast<std::int64_t>(held_.size()); }
   std::int64_t find(std::int64_t key) const { return where_[static_cast<std::size_t>(key)]; }  // its slot, or -1
+  bool all_found() const { return found_ == static_cast<std::int64_t>(where_.size()); }  // every key has a slot
   std::int64_t key_in(std::int64_t slot) const { return held_[static_cast<std::size_t>(slot)].key; }  // or -1
 
   // A step begins: a unit of time has passed.
@@ -55,6 +56,11 @@ class Residency {
 
   Rank rank(std::int64_t slot) const;
 
+  // Of a slot without pins. Where there is a slot for every key none is ever turned out, and no order is kept.
+  void list(std::int64_t slot);
+  void unlist(std::int64_t slot);
+
+  std::int64_t found_ = 0;  // keys that have a slot
   double now_ = 0;
   std::int64_t admissions_ = 0;
   std::vector<double> worth_;        // by key
