@@ -115,17 +115,17 @@ struct Chunk {
 template <int bits, int G, int tiles, int planes>
 inline void unpack_pair(const ProductArgs& args, Index row, Index rows, const Chunk<G>& chunk, Index number,
                         const RowScales* scales, UnpackedPair<planes>& to) {
-  constexpr Index code_bytes = block / 8 * bits, slack = 4000;  // bytes: the memory's delay
+  constexpr Index slack = 4000;  // bytes: the memory's delay
   const int present = chunk.pieces(number);
   const Index done = (chunk.first * G / block + number) * rows, scale_bytes = args.dtype == DType::f32 ? 4 : 2;
-  const Pointer now = args.weight + row * args.row_bytes + done * code_bytes;
+  const Pointer now = args.weight + row * args.row_bytes + done * code_bytes<bits>;
   const Pointer ahead = ahead_of(args, now, rows * args.row_bytes + slack);
   const auto unpack = [&](int tile, Index count) {
     const Index first = tile * matrix_rows, scale = (row + rows) * args.groups + (done + first) * block / G;
     __builtin_prefetch(args.scales + scale * scale_bytes, 0, 2);
     __builtin_prefetch(args.biases + scale * scale_bytes, 0, 2);
     unpack_block<bits, G>(args, row + first, count, chunk.first, number, present, scales + first,
-                          ahead + first * code_bytes, to[tile]);
+                          ahead + first * code_bytes<bits>, to[tile]);
   };
   unpack(0, smaller(matrix_rows, rows));
   if constexpr (tiles == 2) unpack(1, rows - matrix_rows);

@@ -18,6 +18,8 @@ using Halves = Vector<std::uint16_t, 32>;
 constexpr int block = 64;           // columns: two registers of halves
 constexpr int matrix_rows = 16;     // of a tile register
 constexpr Index chunk_cols = 1024;  // unpacked at a time, at most
+template <int bits>
+constexpr Index code_bytes = block / 8 * bits;  // of a row of a block
 
 // A block of 16 rows. The second plane is what the rounding left of the first.
 template <int planes>
@@ -158,12 +160,12 @@ inline void unpack_block(const ProductArgs& args, Index row, Index count, Index 
                          const RowScales* scales, Pointer ahead, UnpackedBlock<planes>& to) {
   static_assert(V::template offset<bits> == 0);
   using Values = std::conditional_t<(bits <= 4), ByTable<bits, planes>, ByValue<bits, planes>>;
-  constexpr Index step_bytes = sizeof to.values[0][0], plane_bytes = sizeof to.values[0], code_bytes = block / 8 * bits;
+  constexpr Index step_bytes = sizeof to.values[0][0], plane_bytes = sizeof to.values[0];
   const Index group = G < block ? number * (block / G) : number / (G / block);
   Pointer from = args.weight + row * args.row_bytes + (first * G + number * block) / 8 * bits;
   std::byte* out = to.values[0][0][0];
   for (Index r = 0; r < count; ++r, from += args.row_bytes, out += 64) {
-    if (r * code_bytes % 64 < code_bytes) __builtin_prefetch(ahead + r * code_bytes, 0, 2);
+    if (r * code_bytes<bits> % 64 < code_bytes<bits>) __builtin_prefetch(ahead + r * code_bytes<bits>, 0, 2);
     Values(scales[r].scales + group, scales[r].biases + group, G < block ? 1 : 0)
         .put(from, present, out, step_bytes, plane_bytes);
   }

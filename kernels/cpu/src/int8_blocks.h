@@ -25,10 +25,10 @@ inline const std::byte* ahead_of(const ProductArgs& args, const std::byte* from,
   return place < end ? place : args.next + (place - end);
 }
 
-// Asks for the scales and biases of `rows` rows as far ahead: streams too thin for the processor to look ahead in.
-inline void fetch_scales(const ProductArgs& args, Index row, Index rows, Index distance) {
+// Asks for the scales and biases of `rows` rows that come `near_ahead` later: streams too thin for the processor to look ahead in.
+inline void fetch_scales(const ProductArgs& args, Index row, Index rows) {
   const Index bytes = args.groups * (args.dtype == DType::f32 ? 4 : 2);
-  const Index first = (row + distance / args.row_bytes) * bytes;
+  const Index first = (row + near_ahead / args.row_bytes) * bytes;
   for (Index line = first; line < first + rows * bytes; line += 64) {
     __builtin_prefetch(args.scales + line, 0, 2);
     __builtin_prefetch(args.biases + line, 0, 2);

@@ -205,7 +205,7 @@ void many_slice(const Int8Args& args, Index begin, Index end) {
         for (int r = 0; r < tile_rows; ++r) rows[r] = smaller(row + n * tile_rows + r, args.row_end - 1);
         fill<bits, G>(args, rows, first, groups, tile[n]);
       }
-      if (begin == 0 && first == 0) fetch_scales(args, row, filled * tile_rows, near_ahead);
+      if (begin == 0 && first == 0) fetch_scales(args, row, filled * tile_rows);
       constexpr Index of_tile = tile_rows * (G * bits / 8);  // bytes of a group
       const Pointer ahead = ahead_of(args, args.weight + row * args.row_bytes + first * filled * of_tile, near_ahead);
       for (Index block = 0; block < blocks; ++block) {
