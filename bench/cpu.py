@@ -155,7 +155,7 @@ class Bench:
         sequences = max(row.work.sequences for row in self.rows)
         options = {"threads": self.args.threads, "context": context}
         if any(row.against == "peer" for row in self.rows) and self.args.peer_python:
-            self._start(stack, "peer", self.args.peer_python, "peer_llama_cpp.py", model=str(pair.gguf), **options)
+            self._start_peer(stack, model=str(pair.gguf), **options)
         warm(pair.ours)  # after the peer, which copies its weights into another order and may push ours out
         ours = {"model": str(pair.ours), "sequences": sequences, **options}
         for mode in MODES:
@@ -173,6 +173,18 @@ class Bench:
             cost = step_cost(program, work.sequences, tokens, work.context + steps // 2, facts["kv_token_bytes"])
             result.floor = work.sequences * tokens / self.machine.floor(cost, exact=False)
             yield result
+
+    def _start_peer(self, stack: contextlib.ExitStack, **options: Any) -> None:
+        """llama.cpp as it is; if that ends (with AMX: by an illegal instruction), without repacked weights."""
+        for repack in (True, False):
+            self._start(stack, "peer", self.args.peer_python, "peer_llama_cpp.py", repack=repack, **options)
+            try:
+                self._ask("peer", do="prefill", tokens=64)
+            except SideError as error:
+                print(f"peer: {error}{'; once more, without repacked weights' if repack else ''}", file=sys.stderr)
+                continue
+            self.facts["peer"]["repacked"] = repack
+            return
 
     def _start(self, stack: contextlib.ExitStack, name: str, python: str, script: str, **options: Any) -> None:
         try:
@@ -257,7 +269,8 @@ def show(results: Sequence[Result], benches: Sequence[Bench], console: Console) 
                 if "private" in loaded and "weights" in facts:
                     share = loaded["private"] / facts["weights"]
                     memory = f", {loaded['private'] / 2**20:.0f} MiB private ({share:.1%} of the weights)"
-                console.print(f"  {mode}: first token {loaded['seconds']:.2f} s after start of loading{memory}")
+                plain = "" if loaded.get("repacked", True) else "; without repacked weights, with which it ended"
+                console.print(f"  {mode}: first token {loaded['seconds']:.2f} s after start of loading{memory}{plain}")
     for result in results:
         if result.busy and statistics.median(result.busy) > 0.2:
             share = f"others used {statistics.median(result.busy):.0%} of the processors"

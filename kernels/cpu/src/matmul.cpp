@@ -219,10 +219,10 @@ void matmul_rows(const Matrix& w, const Activations& x, const std::int32_t* inde
 }
 
 std::int64_t preferred_tile(const Matrix& w, std::int64_t count) {
-  const bool rounded = w.rounds_inputs(), many = count >= 32;
-  const std::int64_t row_step = rounded && many ? 32 : 16;  // rows the kernels unpack together
-  // From four on, the int8 kernels go over all rows of x first, in each call.
-  const std::int64_t least = !rounded || count < 4 ? row_step : many ? 128 : 64;
+  const bool rounded = w.rounds_inputs();
+  const std::int64_t row_step = rounded && count >= 32 ? 32 : 16;  // rows the kernels unpack together
+  // From four on, each call does some work of its own: int8 kernels go over all rows of x first, others load tile registers.
+  const std::int64_t least = !rounded || count < 4 ? row_step : 192;
   constexpr std::int64_t work = 1 << 18;  // multiplications; some ten microseconds of one core
   const std::int64_t per_row = std::max<std::int64_t>(1, w.cols * std::max<std::int64_t>(count, 1));
   return std::clamp(round_up(work / per_row, row_step), least, std::int64_t{256});
