@@ -23,7 +23,7 @@ from mixbit.engine.protocol import Delta, Finished, Sampling, Stats
 from mixbit.engine.stream import Stream
 from tests.checkpoints import VOCAB_SIZE
 from tests.engine.running import GREEDY, complete, engine, message, until
-from tests.repeatable import isa_for
+from tests.repeatable import settings as repeatable
 
 
 async def test_the_model_is_described_when_it_is_ready(models: dict[str, Path]) -> None:
@@ -64,8 +64,7 @@ async def test_the_text_of_a_request_does_not_depend_on_what_else_runs(
         )
         for number in range(12)
     ]
-    options: dict[str, Any] = {"precision": precision, "isa": isa_for(precision)}
-    async with engine(models[model], max_running=5, step_tokens=32, **options) as client:
+    async with engine(models[model], max_running=5, step_tokens=32, **repeatable(precision)) as client:
         together = await asyncio.gather(*(complete(client, request) for request in requests))
         alone = [await complete(client, request) for request in requests]
     assert [text for text, _ in together] == [text for text, _ in alone]
@@ -82,8 +81,7 @@ async def test_memory_that_runs_short_does_not_change_the_text(
     models: dict[str, Path], model: str, precision: str
 ) -> None:
     requests = [message(str(number), prompt=[10 + number] * 120, max_tokens=120) for number in range(4)]
-    shape: dict[str, Any] = {"max_running": 4, "block_size": 16, "context_length": 250}
-    shape |= {"precision": precision, "isa": isa_for(precision)}
+    shape: dict[str, Any] = {"max_running": 4, "block_size": 16, "context_length": 250, **repeatable(precision)}
 
     async def texts(**settings: Any) -> tuple[list[tuple[str, Finished]], int, int]:
         async with engine(models[model], **shape, **settings) as client:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import write_checkpoint
-from tests.repeatable import ARGUMENTS
+from tests.repeatable import arguments
 from tests.server.running import RunningServer, start
 from tests.server.support import TEMPLATE
 
@@ -30,5 +30,5 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_server(tiny_checkpoint: Path) -> Iterator[RunningServer]:
     """A server of the tiny checkpoint, with an alias."""
-    with start("--model", str(tiny_checkpoint), "--alias", "org/alias", "--threads", "1", *ARGUMENTS) as server:
+    with start("--model", str(tiny_checkpoint), "--alias", "org/alias", "--threads", "1", *arguments()) as server:
         yield server

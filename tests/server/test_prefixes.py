@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.repeatable import ARGUMENTS
+from tests.repeatable import arguments
 from tests.server.running import RunningServer, start
 
 TEXT = "/v1/completions"
@@ -21,7 +21,7 @@ TOKENS = [6 + 7 * place % 241 for place in range(400)]
 def server(tiny_checkpoint: Path) -> Iterator[RunningServer]:
     """One whose cache holds about five of the prompts here."""
     options = ("--threads", "1", "--context-length", "1024", "--cache-memory", "1M", "--no-disk-cache")
-    with start("--model", str(tiny_checkpoint), *ARGUMENTS, *options) as running:
+    with start("--model", str(tiny_checkpoint), *arguments(), *options) as running:
         yield running
 
 
